@@ -1,0 +1,359 @@
+"""The public calls: backpropagation with the lid off, and the gradient alone.
+
+Costs and deltas are per example and unscaled everywhere. Dividing by the size of the batch, or
+weighting in any other way, happens once, on the pairs (activation, delta); where a layer couples
+the examples, so that a pair is no longer one example's, at the output delta instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jbackprop.factored import Factored, PyTree, is_factored, weighted
+from jbackprop.losses import Loss
+from jbackprop.sweep import (
+    Collect,
+    Node,
+    Trace,
+    backward,
+    batch_size,
+    forward,
+    leafwise,
+    rebuild,
+    total,
+    walk,
+)
+
+
+class Kept(NamedTuple):
+    """What `backprop` keeps of one layer: its delta dC/dz (B, ...), and its factored gradients."""
+
+    delta: Any
+    factored: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Backprop:
+    """One mini-batch, swept forward and back. Every cost and every delta is one example's own.
+
+    Attributes:
+        losses: C_n, (B,), float32 at least.
+        outputs: the outputs of the last layer, (B, ...): net inputs, for the canonical losses.
+        delta_x: dC/dx, in x's structure; None at integer leaves.
+        kept: a tree like params, with `Kept` in the place of each layer that has weights.
+        net: the network.
+    """
+
+    losses: Array
+    outputs: Array
+    delta_x: Any
+    kept: PyTree
+    net: Node
+
+    @property
+    def factored(self) -> PyTree:
+        """A tree like params of factored gradients: `Outer`, `Shift`, ..."""
+        return rebuild(self.net, self.kept, lambda path, layer, kept: (layer, _pairs(kept)))[1]
+
+
+jax.tree_util.register_dataclass(Backprop, ["losses", "outputs", "delta_x", "kept"], ["net"])
+
+
+def _pairs(kept: Any) -> PyTree:
+    return kept.factored if isinstance(kept, Kept) else kept
+
+
+def _named(path: str, kept: Any) -> Any:
+    """The path of its parameter for every factored gradient of one layer."""
+    if not isinstance(kept, Kept):
+        return kept
+
+    def name(where: Any, pair: Factored) -> Factored:
+        keys = (str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in where)
+        assert pair.place is not None
+        place = dataclasses.replace(pair.place, path=".".join((path, *keys)))
+        return dataclasses.replace(pair, place=place)  # type: ignore[type-var]
+
+    pairs = jax.tree_util.tree_map_with_path(name, kept.factored, is_leaf=is_factored)
+    return Kept(kept.delta, pairs)
+
+
+class Swept(NamedTuple):
+    """The result of one forward and one backward sweep."""
+
+    losses: Array
+    outputs: Any
+    delta_x: Any
+    collected: PyTree
+
+
+def sweep(
+    net: Node,
+    loss: Loss,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    collect: Collect,
+    *,
+    transport: PyTree = None,
+    aux: PyTree = None,
+    key: Array | None = None,
+    output_weights: Array | float | None = None,
+) -> Swept:
+    """Forward, the loss's delta, backward. The output delta is multiplied by `output_weights`.
+
+    They are one number for all examples, or (B,).
+    """
+    _check_call(net, loss, x, y)
+    outputs, saved = forward(net, params, x, key)
+    losses = loss.value(outputs, y)
+    delta = loss.delta(outputs, y)
+    if isinstance(output_weights, float):
+        delta = output_weights * delta
+    elif output_weights is not None:
+        delta = weighted(output_weights, delta)
+    trace = Trace(x if "x" in net.reads else None, outputs if "y" in net.reads else None, saved)
+    delta_x, collected = backward(net, params, trace, delta, collect, transport, aux)
+    return Swept(losses, outputs, delta_x, collected)
+
+
+def _check_call(net: Any, loss: Any, x: Any, y: Any) -> None:
+    if not isinstance(net, Node):
+        raise TypeError(f"net must be a layer or a composite of layers, not {net!r}")
+    if not isinstance(loss, Loss):
+        hint = "; make an instance: add ()" if inspect.isclass(loss) else ""
+        raise TypeError(f"loss must be a jbackprop Loss, not {loss!r}{hint}")
+    n = batch_size(x)
+    lengths = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else None for leaf in jax.tree.leaves(y)}
+    if lengths != {n}:
+        raise ValueError(
+            f"x has {n} examples, but the targets y have "
+            f"{' and '.join(map(str, lengths))}: they need one for each example"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _backprop(
+    net: Node, loss: Loss, params: PyTree, x: Any, y: Any, transport: PyTree, key: Array | None
+) -> Backprop:
+    def keep(factored: PyTree, delta: Any, aux: Any) -> Kept:
+        return Kept(delta, factored)
+
+    swept = sweep(net, loss, params, x, y, keep, transport=transport, key=key)
+    _, kept = rebuild(net, swept.collected, lambda path, layer, kept: (layer, _named(path, kept)))
+    return Backprop(swept.losses, swept.outputs, swept.delta_x, kept, net)
+
+
+def backprop(
+    net: Node,
+    loss: Loss,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    transport: PyTree = None,
+    key: Array | None = None,
+) -> Backprop:
+    """Backpropagation with the lid off: every cost, every delta and every pair of a mini-batch.
+
+    Args:
+        net: a layer or a composite.
+        loss: a `Loss`.
+        params: the network's parameters.
+        x: the inputs, (B, ...).
+        y: the targets, as the loss wants them.
+        transport: a tree like params that carries the deltas in place of the weights; see
+            `jbackprop.sweep.backward`.
+        key: for layers that draw random numbers; None draws nothing.
+
+    Returns:
+        A `Backprop`. Nothing in it is divided by anything: costs, deltas and pairs are those of
+        each example's own cost. `gradient`, `deltas` and the like take it.
+
+    Raises:
+        ValueError: inputs, targets, parameters or transport that do not fit; the message names the
+            layer. Values of targets are checked where they can be seen, that is outside jit.
+        TypeError: integers where floating-point numbers are due, or the other way round.
+    """
+    bp = _backprop(net, loss, params, x, y, transport, key)
+    loss.check(jnp.shape(bp.outputs), y)
+    return bp
+
+
+def gradient(bp: Backprop, weights: Array | None = None) -> PyTree:
+    """sum_n weights_n dC_n/dparams, in the shapes and dtypes of params.
+
+    Args:
+        bp: from `backprop`.
+        weights: (B,), by default 1/B each, which is the mean over the batch. An example of weight
+            0 is not there, even if it holds NaN.
+
+    Raises:
+        ValueError: weights of another shape, weights where a layer couples the examples (their
+            pairs are not one example's; give the weights to `value_and_grad` instead), or the mean
+            over an empty batch.
+    """
+    n = bp.losses.shape[0]
+    _check_weights(weights, n)
+    if weights is not None and bp.net.couples_examples:
+        raise ValueError(
+            f"{coupling_layer(bp.net)} couples the examples, so that weights cannot be put on "
+            "their pairs; use value_and_grad(net, loss)(params, x, y, weights)"
+        )
+    return jax.tree.map(
+        lambda pair: _cast(pair.total(weights), pair, 1 if weights is not None else n),
+        bp.factored,
+        is_leaf=is_factored,
+    )
+
+
+def _cast(total: Array, pair: Factored, divisor: int) -> Array:
+    return (total if divisor == 1 else total / divisor).astype(pair.home.dtype)
+
+
+def coupling_layer(net: Node) -> str:
+    """The name of the first layer that couples examples."""
+    return next(f"{path} ({layer})" for path, layer, _ in walk(net) if layer.couples_examples)
+
+
+def _check_weights(weights: Any, n: int) -> None:
+    if weights is None and n == 0:
+        raise ValueError("the batch is empty: its mean gradient is not defined; give weights")
+    if weights is not None and jnp.shape(weights) != (n,):
+        raise ValueError(f"weights must have the shape ({n},), not {jnp.shape(weights)}")
+
+
+def deltas(bp: Backprop) -> OrderedDict[str, Array]:
+    """The delta of every layer that has weights, dC_n/dz_n (B, ...), by path, first layer first.
+
+    z is the layer's output: the net input of the activation behind it. Unscaled: the mean cost's
+    deltas are these divided by B.
+    """
+    found = walk(bp.net, bp.kept)
+    return OrderedDict((path, kept.delta) for path, _, kept in found if isinstance(kept, Kept))
+
+
+def value_and_grad(
+    net: Node, loss: Loss
+) -> Callable[..., tuple[Array, PyTree]]:
+    """The cost of a mini-batch and its gradient: like `jax.value_and_grad`, by the delta rule.
+
+    Args:
+        net: a layer or a composite.
+        loss: a `Loss`.
+
+    Returns:
+        A function (params, x, y, weights=None, key=None) -> (value, grads), where value is
+        sum_n weights_n C_n, a scalar of float32 at least, and grads are its gradient, in the
+        shapes and dtypes of params. The weights (B,) default to 1/B: the mean. An example of
+        weight 0 is not there, even if it holds NaN. It raises as `backprop` does.
+    """
+
+    def call(
+        params: PyTree, x: Any, y: Any, weights: Array | None = None, key: Array | None = None
+    ) -> tuple[Array, PyTree]:
+        value, grads, _ = value_grad_outputs(net, loss, params, x, y, weights, key)
+        return value, grads
+
+    return call
+
+
+def value_grad_outputs(
+    net: Node,
+    loss: Loss,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    weights: Array | None = None,
+    key: Array | None = None,
+) -> tuple[Array, PyTree, Any]:
+    """As `value_and_grad` has it, with the network's outputs as third."""
+    value, grads, outputs = _value_grad_outputs(net, loss, params, x, y, weights, key)
+    loss.check(jnp.shape(outputs), y)
+    return value, grads, outputs
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _value_grad_outputs(
+    net: Node,
+    loss: Loss,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    weights: Array | None,
+    key: Array | None,
+) -> tuple[Array, PyTree, Any]:
+    n = batch_size(x)
+    _check_weights(weights, n)
+    collect, output_weights, divisor = total, None, 1
+    if weights is None and _is_half(params):
+        divisor = n  # delta / n could underflow in float16: the sum, in float32, is divided
+    elif weights is None:
+        output_weights = 1 / n
+    elif net.couples_examples:
+        output_weights = weights
+    else:
+        collect = leafwise(lambda pair: pair.total(weights))
+    swept = sweep(net, loss, params, x, y, collect, key=key, output_weights=output_weights)
+    if weights is None:
+        value = jnp.mean(swept.losses)
+    else:
+        value = jnp.sum(weighted(weights, swept.losses))
+    grads = jax.tree.map(
+        lambda g, p: (g if divisor == 1 else g / divisor).astype(p.dtype), swept.collected, params
+    )
+    return value, grads, swept.outputs
+
+
+def _is_half(params: PyTree) -> bool:
+    return any(jnp.finfo(jnp.result_type(p)).bits < 32 for p in jax.tree.leaves(params))
+
+
+def predict(net: Node, loss: Loss, params: PyTree, x: Any) -> Any:
+    """The loss's prediction for every example: probabilities, rates, or the outputs themselves."""
+    return _predict(net, loss, params, x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _predict(net: Node, loss: Loss, params: PyTree, x: Any) -> Any:
+    return loss.predict(forward(net, params, x)[0])
+
+
+@functools.lru_cache(maxsize=256)
+def as_function(net: Node) -> Callable[[PyTree, Any], Any]:
+    """The network as a function whose reverse rule, under `jax.grad`, is the hand-written one.
+
+    For use inside any other JAX model.
+
+    Args:
+        net: a layer or a composite.
+
+    Returns:
+        A function (params, x) -> outputs with a `jax.custom_vjp`, for mini-batches x (B, ...).
+        The same one for equal networks.
+    """
+
+    @jax.custom_vjp
+    def function(params: PyTree, x: Any) -> Any:
+        return forward(net, params, x)[0]
+
+    def there(params: PyTree, x: Any) -> tuple[Any, Any]:
+        outputs, saved = forward(net, params, x)
+        trace = Trace(x if "x" in net.reads else None, outputs if "y" in net.reads else None, saved)
+        return outputs, (params, trace)
+
+    def back(residuals: Any, delta: Any) -> tuple[PyTree, Any]:
+        params, trace = residuals
+        delta_x, grads = backward(net, params, trace, delta, total)
+        return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), delta_x
+
+    function.defvjp(there, back)
+    return function

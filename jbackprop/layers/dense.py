@@ -1,0 +1,121 @@
+"""The fully connected layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.nn import initializers
+
+from jbackprop.factored import Outer, PyTree, Shift
+from jbackprop.sweep import Layer, Trace
+
+Init = Callable[[Array, tuple[int, ...], Any], Array]
+"""An initialiser (key, shape, dtype) -> array, as in `jax.nn.initializers`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(Layer):
+    """The net inputs of a fully connected layer.
+
+    Equation, for one example:
+
+        z_o = sum_i x_i w_io + b_o                                  x (..., p) -> z (..., q)
+
+    Derivation. Let delta_o = dC/dz_o. Every x_i reaches the cost through all z_o, so that
+
+        dC/dx_i  = sum_o dC/dz_o dz_o/dx_i = sum_o delta_o w_io,    dC/dx = delta W^T
+        dC/dw_io = delta_o dz_o/dw_io      = x_i delta_o,           dC/dW = x (outer) delta
+        dC/db_o  = delta_o dz_o/db_o       = delta_o,               dC/db = delta
+
+    Where x has leading axes, they are positions that share the weights, and the last two are sums
+    over them: that is what the kinds `Outer` and `Shift` stand for.
+
+    Source: Rumelhart, Hinton and Williams, Learning representations by back-propagating errors,
+    Nature 323 (1986), equations 4 to 7.
+
+    Params: ``{"w": (p, q), "b": (q,)}``; without a bias ``{"w": (p, q)}``.
+
+    Attributes:
+        p: the number of inputs.
+        q: the number of outputs.
+        bias: whether there is a b.
+        w_init: initialiser of w, by default Glorot and Bengio's (2010) uniform one.
+        b_init: initialiser of b, by default zeros.
+
+    Raises:
+        ValueError: sizes below 1; inputs or parameters of another shape.
+        TypeError: inputs that are not floating-point numbers.
+    """
+
+    p: int
+    q: int
+    bias: bool = True
+    w_init: Init = initializers.glorot_uniform()  # noqa: RUF009
+    b_init: Init = initializers.zeros
+
+    reads = ("x",)
+
+    def __post_init__(self) -> None:
+        for name in ("p", "q"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"Dense({self.p}, {self.q}): {name} must be an int of at least 1")
+
+    def __repr__(self) -> str:
+        return f"Dense({self.p}, {self.q}{'' if self.bias else ', bias=False'})"
+
+    def init(self, key: Array) -> PyTree:
+        key_w, key_b = jax.random.split(key)
+        dtype = jnp.result_type(float)
+        params = {"w": self.w_init(key_w, (self.p, self.q), dtype)}
+        if self.bias:
+            params["b"] = self.b_init(key_b, (self.q,), dtype)
+        return params
+
+    def forward(self, params: PyTree, x: Array, key: Array | None = None) -> tuple[Array, None]:
+        self._check(params, x)
+        z = jnp.dot(x, params["w"])
+        return (z + jnp.broadcast_to(params["b"], z.shape) if self.bias else z), None
+
+    def backward(self, params: PyTree, trace: Trace, delta: Array) -> tuple[Array, PyTree]:
+        x = trace.x
+        last = delta.ndim - 1
+        delta_x = lax.dot_general(delta, params["w"].astype(delta.dtype), (((last,), (1,)), ((), ())))
+        factored: dict[str, Any] = {"w": Outer.of(x, delta)}
+        if self.bias:
+            factored["b"] = Shift.of(delta)
+        return delta_x.astype(x.dtype), factored
+
+    def _check(self, params: PyTree, x: Array) -> None:
+        if jnp.ndim(x) == 0 or x.shape[-1] != self.p:
+            hint = (
+                "; flatten each example first: x.reshape(len(x), -1)"
+                if x.size == self.p
+                else "; a single example needs a batch axis: x[None]"
+                if jnp.ndim(x) == 0
+                else ""
+            )
+            raise ValueError(
+                f"{self} needs {self.p} features on the last axis, but one example has the shape "
+                f"{x.shape}{hint}"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(
+                f"{self} needs floating-point inputs, not {x.dtype}: use x.astype('float32')"
+            )
+        shapes = {"w": (self.p, self.q)} | ({"b": (self.q,)} if self.bias else {})
+        found = (
+            {name: jnp.shape(value) for name, value in params.items()}
+            if isinstance(params, dict)
+            else jax.tree.map(jnp.shape, params)
+        )
+        if found != shapes:
+            raise ValueError(
+                f"these are not the parameters of {self}: it needs shapes {shapes}, not {found}; "
+                "make them with init, or pass those that belong to this network"
+            )

@@ -1,0 +1,100 @@
+"""What all elementwise activations share, and a user's own activation.
+
+For one unit a = f(z), so that da_i/dz_j = f'(z_i) where i = j, else 0, and the delta rule is
+
+    dC/dz = dC/da * f'(z)
+
+Each activation says how f' is computed: through the output a where that is as exact (the output is
+kept anyway, as the next layer's input), else from the net input z.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jbackprop.factored import PyTree
+from jbackprop.sweep import Layer, Trace
+
+
+class Weightless(Layer):
+    """A layer without parameters: init gives ()."""
+
+    def init(self, key: Array) -> tuple[()]:
+        return ()
+
+    def _check(self, params: PyTree, x: Array) -> None:
+        if jax.tree.leaves(params):
+            raise ValueError(
+                f"{self} has no parameters, so its place in params must be (), but these came: "
+                f"{jax.tree.map(jnp.shape, params)}; are they another network's?"
+            )
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            raise TypeError(
+                f"{self} needs floating-point inputs, not {x.dtype}: use x.astype('float32')"
+            )
+
+
+class Elementwise(Weightless):
+    """a = f(z) for every unit by itself, of any shape. Subclasses give `activate` and `slope`.
+
+    Attributes:
+        kinks: where f' jumps; each class states which value it takes there.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("y",)
+    kinks: ClassVar[tuple[float, ...]] = ()
+
+    @abc.abstractmethod
+    def activate(self, z: Array) -> Array:
+        """The activation, in z's dtype."""
+
+    @abc.abstractmethod
+    def slope(self, z: Array, a: Array) -> Array:
+        """f'(z). Only what `reads` names may be used ("x" is z, "y" is a): the other is None."""
+
+    def forward(self, params: PyTree, x: Array, key: Array | None = None) -> tuple[Array, None]:
+        self._check(params, x)
+        return self.activate(x), None
+
+    def backward(self, params: PyTree, trace: Trace, delta: Array) -> tuple[Array, tuple[()]]:
+        return delta * self.slope(trace.x, trace.y), ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation(Elementwise):
+    """A user's own activation: f and its derivative, both of the net input, elementwise.
+
+    `jb.check.network` finds it out when `derivative` is not the derivative of `f`.
+
+    Attributes:
+        f: a = f(z), an array function that keeps shape and dtype.
+        derivative: f'(z).
+    """
+
+    f: Callable[[Array], Array]
+    derivative: Callable[[Array], Array]
+
+    reads: ClassVar[tuple[str, ...]] = ("x",)
+
+    def __repr__(self) -> str:
+        names = (getattr(g, "__name__", repr(g)) for g in (self.f, self.derivative))
+        return f"Activation({', '.join(names)})"
+
+    def activate(self, z: Array) -> Array:
+        return self.f(z)
+
+    def slope(self, z: Array, a: Array) -> Array:
+        slope = self.derivative(z)
+        if jnp.shape(slope) != z.shape:
+            raise ValueError(
+                f"{self}: the derivative has the shape {jnp.shape(slope)} at a net input of shape "
+                f"{z.shape}; it must be f' of every unit"
+            )
+        return slope.astype(z.dtype)

@@ -1,0 +1,92 @@
+"""Losses outside the canonical family: the general rule delta^L = dC/da * f'(z) serves them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jbackprop.losses.base import (
+    Loss,
+    check_range,
+    check_same_shape,
+    mean_over_positions,
+    positions,
+    wide,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Huber(Loss):
+    """C = sum_o h(z_o - y_o): h(e) = e^2 / 2 where |e| <= d, else d (|e| - d / 2).
+
+    h' = e where |e| <= d, else d sign e, that is e clipped to [-d, d]: an outlier's pull is
+    bounded. No kink: both branches meet with the slope d.
+
+    Source: Huber, Robust estimation of a location parameter (1964), equation 3.
+
+    Shapes: z and y (B, ..., q).
+
+    Attributes:
+        d: where the square turns into a line; positive.
+    """
+
+    d: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.d < np.inf:
+            raise ValueError(f"Huber: d must be positive and finite, not {self.d}")
+
+    def value(self, z: Array, y: Any) -> Array:
+        check_same_shape(self, z.shape, y)
+        z = wide(z)
+        e = z - jnp.asarray(y).astype(z.dtype)
+        inner = jnp.clip(e, -self.d, self.d)  # h = inner (e - inner / 2) on both branches
+        return mean_over_positions(jnp.sum(inner * (e - 0.5 * inner), axis=-1))
+
+    def delta(self, z: Array, y: Any) -> Array:
+        check_same_shape(self, z.shape, y)
+        v = wide(z)
+        e = v - jnp.asarray(y).astype(v.dtype)
+        return (jnp.clip(e, -self.d, self.d) / positions(z)).astype(z.dtype)
+
+    def check(self, z_shape: tuple[int, ...], y: Any) -> None:
+        check_same_shape(self, z_shape, y)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy(Loss):
+    """C = -sum_c y_c log a_c for outputs that *are* probabilities, as behind a Softmax layer.
+
+    delta_c = -y_c / a_c. Behind a Softmax layer the ordinary delta rule turns that into
+    a_j (delta_j - sum_c a_c delta_c) = a_j sum_c y_c - y_j, the canonical o - y, as long as no
+    probability underflows. Take `SoftmaxCrossEntropy` on net inputs: it is exact there too.
+
+    Below the smallest normal number of its dtype a probability counts as that number and its delta
+    is 0, so that nothing here is ever infinite.
+
+    Shapes: a and y (B, ..., q), y distributions (one-hot rows for labels).
+    """
+
+    def value(self, a: Array, y: Any) -> Array:
+        check_same_shape(self, a.shape, y)
+        v = wide(jnp.maximum(a, _tiny(a)))
+        return mean_over_positions(-jnp.sum(jnp.asarray(y).astype(v.dtype) * jnp.log(v), axis=-1))
+
+    def delta(self, a: Array, y: Any) -> Array:
+        check_same_shape(self, a.shape, y)
+        v = wide(a)
+        ratio = jnp.asarray(y).astype(v.dtype) / jnp.maximum(v, _tiny(a).astype(v.dtype))
+        delta = jnp.where(a > _tiny(a), -ratio / positions(a), 0)
+        return delta.astype(a.dtype)
+
+    def check(self, z_shape: tuple[int, ...], y: Any) -> None:
+        check_same_shape(self, z_shape, y)
+        check_range(self, y, 0, np.inf, "a distribution has no negative entries")
+
+
+def _tiny(a: Array) -> Array:
+    return jnp.asarray(jnp.finfo(a.dtype).tiny, a.dtype)

@@ -1,0 +1,137 @@
+"""Softmax cross-entropy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jbackprop.losses.base import check_range, is_concrete, wide
+from jbackprop.losses.canonical import Canonical
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxCrossEntropy(Canonical):
+    """C = -sum_c t_c log softmax(z)_c, from net inputs: log softmax(z)_c = z_c - logsumexp(z).
+
+    The categorical distribution with A(z) = logsumexp(z), whose gradient is softmax(z). With the
+    target weights t of total mass m = sum_c t_c (1 unless there are class weights), C =
+    m logsumexp(z) - t . z, so that the delta is m softmax(z) - t: for plain labels, o - y.
+
+    Targets: t = w * ((1 - s) y + s / q), with class weights w and label smoothing s (Szegedy et
+    al., Rethinking the Inception architecture, 2016, section 7) over q classes.
+
+    Shapes: z (B, ..., q); y either integer labels (B, ...), or distributions over the classes
+    (B, ..., q) of floating-point numbers. Over T positions an example's cost is the mean over
+    those that are not ignored; class weights are not part of that divisor. All ignored: 0.
+
+    A label out of range raises where its value can be seen, and costs NaN where it cannot, under
+    jit; it never counts silently.
+
+    Attributes:
+        label_smoothing: s, from 0 to 1.
+        class_weights: w, one positive number or 0 for each class.
+        ignore_index: the label that marks a place without a target; integer labels only.
+    """
+
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+    ignore_index: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be from 0 to 1, not {self.label_smoothing}")
+        if self.class_weights is not None:
+            weights = tuple(float(w) for w in self.class_weights)
+            object.__setattr__(self, "class_weights", weights)
+            if not all(0 <= w < np.inf for w in weights):
+                raise ValueError(f"class_weights must be finite and not negative, not {weights}")
+
+    def cost(self, z: Array, y: Array) -> Array:
+        return -jnp.sum(jnp.where(y == 0, 0, y * jax.nn.log_softmax(z, axis=-1)), axis=-1)
+
+    def mean(self, z: Array) -> Array:
+        return jax.nn.softmax(z, axis=-1)
+
+    def error(self, z: Array, y: Array) -> Array:
+        return jnp.sum(y, axis=-1, keepdims=True) * self.mean(z) - y
+
+    def targets(self, z: Array, y: Any) -> Array:
+        """t * T / (number of places that count), so that the mean over T positions is theirs."""
+        self.check(z.shape, y)
+        classes = z.shape[-1]
+        y = jnp.asarray(y)
+        counted = None
+        if jnp.issubdtype(y.dtype, jnp.integer):
+            t = self._one_hot(y, classes, z.dtype)
+            if self.ignore_index is not None:
+                counted = y != self.ignore_index
+        else:
+            t = y.astype(z.dtype)
+        if self.label_smoothing:
+            t = (1 - self.label_smoothing) * t + self.label_smoothing / classes
+        if self.class_weights is not None:
+            t = t * jnp.broadcast_to(jnp.asarray(self.class_weights, z.dtype), t.shape)
+        if counted is not None:
+            t = jnp.where(counted[..., None], t, 0)
+            if counted.ndim > 1:
+                number = jnp.sum(counted.reshape(len(counted), -1), axis=1)
+                scale = counted[0].size / jnp.maximum(number, 1).astype(z.dtype)
+                t = t * scale.reshape(scale.shape + (1,) * (t.ndim - 1))
+        return t
+
+    @staticmethod
+    def _one_hot(y: Array, classes: int, dtype: Any) -> Array:
+        """One-hot rows; NaN rows for labels out of range, which must not pass for zeros."""
+        if y.dtype.itemsize < 4:  # an int8 cannot count 300 classes
+            y = y.astype(jnp.int32)
+        hot = jax.nn.one_hot(y, classes, dtype=dtype)
+        inside = (y >= 0) & (y < classes)
+        return jnp.where(inside[..., None], hot, jnp.nan)
+
+    def check(self, z_shape: tuple[int, ...], y: Any) -> None:
+        y_shape, classes = tuple(jnp.shape(y)), z_shape[-1]
+        if self.class_weights is not None and len(self.class_weights) != classes:
+            raise ValueError(
+                f"{len(self.class_weights)} class_weights for {classes} outputs of the network"
+            )
+        integer = jnp.issubdtype(jnp.result_type(y), jnp.integer)
+        if integer and y_shape == z_shape[:-1]:
+            self._check_labels(y, classes)
+        elif integer:
+            raise ValueError(
+                f"{self}: integer labels need the shape {z_shape[:-1]} beside outputs "
+                f"{z_shape}, not {y_shape}; one-hot rows must be floating-point numbers"
+            )
+        elif y_shape == z_shape[:-1]:
+            raise TypeError(
+                f"{self}: labels must be integers, not {jnp.result_type(y)}: use y.astype('int32')"
+            )
+        elif y_shape != z_shape:
+            raise ValueError(
+                f"{self}: targets have the shape {y_shape}, but outputs {z_shape} need integer "
+                f"labels {z_shape[:-1]} or distributions {z_shape}"
+            )
+        elif self.ignore_index is not None:
+            raise TypeError(f"{self}: ignore_index needs integer labels, not distributions")
+        else:
+            check_range(self, y, 0, np.inf, "a distribution has no negative entries")
+
+    def _check_labels(self, y: Any, classes: int) -> None:
+        if not is_concrete(y):
+            return
+        labels = np.asarray(y)
+        wrong = (labels < 0) | (labels >= classes)
+        if self.ignore_index is not None:
+            wrong &= labels != self.ignore_index
+        if wrong.any():
+            at = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
+            place = ", ".join(map(str, at))
+            raise ValueError(
+                f"labels must be from 0 to {classes - 1}, one for each output of the network, but "
+                f"y[{place}] is {labels[at]}; {int(wrong.sum())} of {labels.size} are out of range"
+            )

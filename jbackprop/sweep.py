@@ -1,0 +1,330 @@
+"""The sweep: forward with a trace, and the deltas back through it.
+
+Two functions walk a network. `forward` computes the activations and keeps what the way back will
+read; `backward` carries delta^l = dC/dz^l from the output to the input,
+
+    delta^l = (delta^{l+1} (W^{l+1})^T) * f'(z^l),
+
+and hands the factored gradients of each layer, as soon as they are born, to `collect`.
+
+A `Layer` is a rule for ONE example; it is mapped over the mini-batch right here, so that the batch
+axis is known to the sweep and never to a rule. A `Composite` routes deltas between layers, and
+nothing else. Both are immutable configurations without arrays in them.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+from jax import Array
+
+from jbackprop.factored import Factored, PyTree, is_factored, place_in
+
+BATCH_AXIS = "batch"
+"""The name of the batch axis inside the rules, for the few that must sum over it by name."""
+
+
+class Trace(NamedTuple):
+    """What the way back may read of one layer: its input, its output, and what it saved.
+
+    `x` and `y` are None unless the layer's `reads` names them. In a rule they are one example's;
+    in the sweep they have the batch axis in front.
+    """
+
+    x: Any
+    y: Any
+    saved: Any
+
+
+class Node(abc.ABC):
+    """What layers and composites have in common.
+
+    Attributes:
+        takes_transport: whether weights other than its own may carry its delta.
+        reads: which of "x" and "y" backward reads in its trace; the others are not kept.
+        draws: whether forward draws random numbers; only then do keys reach it.
+        couples_examples: whether one example's output depends on the other examples.
+    """
+
+    takes_transport: ClassVar[bool] = True
+    reads: ClassVar[Any] = ()
+    draws: ClassVar[Any] = False
+    couples_examples: ClassVar[Any] = False
+
+    @abc.abstractmethod
+    def init(self, key: Array) -> PyTree:
+        """Fresh parameters, a pytree of arrays; () for none."""
+
+
+class Layer(Node):
+    """A leaf: a rule for one example. Subclass it as a frozen dataclass that holds no arrays."""
+
+    @abc.abstractmethod
+    def forward(self, params: PyTree, x: Any, key: Array | None = None) -> tuple[Any, Any]:
+        """The output y of one example, and what else backward needs (often None).
+
+        Parameters must not be among what is saved. A layer that draws saves its key, not its draw;
+        `key=None` means that nothing is drawn.
+        """
+
+    @abc.abstractmethod
+    def backward(self, params: PyTree, trace: Trace, delta: Any) -> tuple[Any, PyTree]:
+        """The delta rule of one example: from dC/dy to (dC/dx, factored gradients).
+
+        Linear in delta, and reads `params` only to carry it. dC/dx has x's structure and dtype,
+        with None at integer leaves; the factored gradients mirror params.
+        """
+
+
+Collect = Callable[[PyTree, Any, Any], PyTree]
+"""collect(factored, delta, aux): what to keep of one layer, called as soon as it is born.
+
+Its arguments are the layer's factored gradients (a tree like its params), the delta of the layer's
+output (B, ...), and the layer's part of the `aux` tree. Inside a scanned composite it runs in the
+body of the scan.
+"""
+
+
+class Composite(Node):
+    """Routes activations and deltas between layers; works on mini-batches, and computes nothing.
+
+    The layers are found in the dataclass fields. A composite of one layer has that layer's params;
+    one with a tuple of layers has a tuple of theirs.
+    """
+
+    @abc.abstractmethod
+    def forward(self, params: PyTree, x: Any, key: Array | None) -> tuple[Any, Any]:
+        """Like `sweep.forward`, for the layers inside."""
+
+    @abc.abstractmethod
+    def backward(
+        self,
+        params: PyTree,
+        trace: Trace,
+        delta: Any,
+        collect: Collect,
+        transport: PyTree,
+        aux: PyTree,
+    ) -> tuple[Any, PyTree]:
+        """Like `sweep.backward`, for the layers inside."""
+
+    def children(self) -> dict[str, Node]:
+        """The layers inside by name, in forward order."""
+        found: dict[str, Node] = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Node):
+                found[field.name] = value
+            elif isinstance(value, tuple) and all(isinstance(item, Node) for item in value):
+                found |= {f"{field.name}[{i}]": item for i, item in enumerate(value)}
+        return found
+
+    def with_children(self, layers: Sequence[Node]) -> Composite:
+        """The same composite of other layers, in the order of `children`."""
+        left = iter(layers)
+        new: dict[str, Any] = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Node):
+                new[field.name] = next(left)
+            elif isinstance(value, tuple) and all(isinstance(item, Node) for item in value):
+                new[field.name] = tuple(next(left) for _ in value)
+        return dataclasses.replace(self, **new)  # type: ignore[type-var]
+
+    def split(self, tree: PyTree) -> tuple[PyTree, ...]:
+        """Each child's part of a tree like params; None for each of them if there is no tree."""
+        if tree is None:
+            return (None,) * len(self.children())
+        return tree if self._is_tuple else (tree,)
+
+    def join(self, parts: Sequence[PyTree]) -> PyTree:
+        """The tree like params that has these parts."""
+        return tuple(parts) if self._is_tuple else parts[0]
+
+    @property
+    def _is_tuple(self) -> bool:
+        return not any(
+            isinstance(getattr(self, field.name), Node)
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+        )
+
+    @functools.cached_property
+    def draws(self) -> bool:  # type: ignore[override]
+        return any(layer.draws for layer in self.children().values())
+
+    @functools.cached_property
+    def couples_examples(self) -> bool:  # type: ignore[override]
+        return any(layer.couples_examples for layer in self.children().values())
+
+
+def batch_size(x: Any) -> int:
+    """The length of the leading axis of a batch, be it one array or a tree of them."""
+    leaves = jax.tree.leaves(x)
+    if not leaves or any(jax.numpy.ndim(leaf) == 0 for leaf in leaves):
+        raise ValueError(
+            "inputs need a batch axis in front, (B, ...); for one example pass x[None]"
+        )
+    sizes = {leaf.shape[0] for leaf in leaves}
+    if len(sizes) > 1:
+        raise ValueError(f"the input arrays have different batch sizes: {sorted(sizes)}")
+    return int(sizes.pop())
+
+
+def forward(net: Node, params: PyTree, x: Any, key: Array | None = None) -> tuple[Any, Any]:
+    """Run a mini-batch through a network and keep what the way back will read.
+
+    Args:
+        net: a layer or a composite.
+        params: its parameters.
+        x: the mini-batch, (B, ...).
+        key: for layers that draw; every example gets a key of its own. None: nothing is drawn.
+
+    Returns:
+        The outputs (B, ...), and what was saved: the third part of the network's `Trace`.
+    """
+    if isinstance(net, Composite):
+        return net.forward(params, x, key)
+    assert isinstance(net, Layer)
+    keys = jax.random.split(key, batch_size(x)) if key is not None and net.draws else None
+    return _layer_forward(net, params, x, keys)
+
+
+def backward(
+    net: Node,
+    params: PyTree,
+    trace: Trace,
+    delta: Any,
+    collect: Collect,
+    transport: PyTree = None,
+    aux: PyTree = None,
+) -> tuple[Any, PyTree]:
+    """Carry the delta of a mini-batch back through a network.
+
+    Args:
+        net: a layer or a composite.
+        params: its parameters.
+        trace: `Trace(x, y, saved)` of the forward sweep.
+        delta: dC/dy of every example's own cost, (B, ...); linear in it.
+        collect: gets every layer's factored gradients; see `Collect`, `keep` and `total`.
+        transport: a tree like params that carries the deltas in the place of the true weights;
+            None (also for a part of it) means the true ones. Fixed random weights here are
+            feedback alignment (Lillicrap et al., 2016).
+        aux: a tree like params, routed to `collect`.
+
+    Returns:
+        dC/dx, and a tree like params of what `collect` returned.
+    """
+    if isinstance(net, Composite):
+        return net.backward(params, trace, delta, collect, transport, aux)
+    assert isinstance(net, Layer)
+    carry = params
+    if transport is not None and jax.tree.leaves(params):
+        _check_transport(net, params, transport)
+        carry = transport
+    delta_x, factored = _layer_backward(net, params, carry, trace, delta)
+    if not jax.tree.leaves(params):
+        return delta_x, factored
+    return delta_x, collect(factored, delta, aux)
+
+
+def _check_transport(layer: Layer, params: PyTree, transport: PyTree) -> None:
+    if not layer.takes_transport:
+        raise ValueError(
+            f"{layer} takes no transport: its rule does not tell the weights that carry the delta "
+            "from those it reads. Give None in its place, or derive a rule for it"
+        )
+    shapes, theirs = (jax.tree.map(jax.numpy.shape, tree) for tree in (params, transport))
+    if shapes != theirs:
+        raise ValueError(
+            f"transport must have the shapes of the parameters, {shapes}, not {theirs}; "
+            "None in the place of a layer means its true weights"
+        )
+
+
+# One static, inlined `jit` for each direction: layers of equal configuration and shape are traced
+# once, and nothing of the call is left in the program.
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _layer_forward(layer: Layer, params: PyTree, x: Any, keys: Array | None) -> tuple[Any, Any]:
+    rule = jax.vmap(
+        layer.forward, in_axes=(None, 0, None if keys is None else 0), axis_name=BATCH_AXIS
+    )
+    return rule(params, x, keys)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _layer_backward(
+    layer: Layer, params: PyTree, carry: PyTree, trace: Trace, delta: Any
+) -> tuple[Any, PyTree]:
+    rule = jax.vmap(layer.backward, in_axes=(None, 0, 0), axis_name=BATCH_AXIS)
+    delta_x, factored = rule(carry, trace, delta)
+    return delta_x, place_in(factored, params)
+
+
+def keep(factored: PyTree, delta: Any, aux: Any) -> PyTree:
+    """Collect the pairs themselves."""
+    return factored
+
+
+def leafwise(f: Callable[[Factored], Any]) -> Collect:
+    """Collect f of every factored gradient."""
+
+    @functools.partial(jax.jit, inline=True)  # traced once for each shape, as the rules are
+    def of_each(factored: PyTree) -> PyTree:
+        return jax.tree.map(f, factored, is_leaf=is_factored)
+
+    return lambda factored, delta, aux: of_each(factored)
+
+
+total = leafwise(lambda pair: pair.total())
+"""Collect the gradient: the sum over the examples, in float32 at least."""
+
+square_norm = leafwise(lambda pair: pair.square_norm())
+"""Collect |g_n|^2 of every parameter and example, (B,) each."""
+
+
+def walk(net: Node, tree: PyTree = None, path: str = "") -> Iterator[tuple[str, Layer, PyTree]]:
+    """Every layer of a network in forward order: its path, the layer, its part of `tree`."""
+    if not isinstance(net, Composite):
+        assert isinstance(net, Layer)
+        yield path or "net", net, tree
+        return
+    for (name, child), part in zip(net.children().items(), net.split(tree), strict=True):
+        yield from walk(child, part, f"{path}.{name}" if path else name)
+
+
+def rebuild(
+    net: Node, tree: PyTree, change: Callable[[str, Layer, PyTree], tuple[Node, PyTree]]
+) -> tuple[Node, PyTree]:
+    """The network and the tree in which `change` has replaced every layer and its part."""
+    changed = iter([change(*at) for at in walk(net, tree)])
+
+    def assemble(node: Node) -> tuple[Node, PyTree]:
+        if not isinstance(node, Composite):
+            return next(changed)
+        layers, parts = zip(*map(assemble, node.children().values()), strict=True)
+        return node.with_children(layers), node.join(parts)
+
+    return assemble(net)
+
+
+@contextlib.contextmanager
+def inside(name: str, node: Node) -> Iterator[None]:
+    """Add the place in the network to an error: one note with one path, however deep."""
+    try:
+        yield
+    except Exception as error:
+        path, what = getattr(error, "_jbackprop_place", ("", repr(node)))
+        path = f"{name}.{path}" if path else name
+        notes = getattr(error, "__notes__", [])
+        notes[:] = [note for note in notes if not note.startswith("in the network, at ")]
+        error._jbackprop_place = (path, what)  # type: ignore[attr-defined]
+        error.add_note(f"in the network, at {path}: {what}")
+        raise
