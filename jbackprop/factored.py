@@ -305,6 +305,9 @@ class Shift(Factored):
 
     def total(self, weights: Array | None = None) -> Array:
         delta = self.delta if weights is None else weighted(weights, self.delta)
+        if delta.shape[1] == 1:  # as in Outer: XLA recognises the delta that it has already
+            delta = delta.reshape(-1, delta.shape[3])
+            return self.home.restore(jnp.sum(delta, axis=0, dtype=wide_dtype(delta.dtype)))
         return self.home.restore(jnp.sum(delta, axis=(0, 2), dtype=wide_dtype(delta.dtype)))
 
     def each(self) -> Array:

@@ -121,6 +121,7 @@ def sweep(
         delta = output_weights * delta
     elif output_weights is not None:
         delta = weighted(output_weights, delta)
+    losses, delta = jax.lax.optimization_barrier((losses, delta))
     trace = Trace(x if "x" in net.reads else None, outputs if "y" in net.reads else None, saved)
     delta_x, collected = backward(net, params, trace, delta, collect, transport, aux)
     return Swept(losses, outputs, delta_x, collected)

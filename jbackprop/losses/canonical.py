@@ -35,15 +35,15 @@ class Canonical(Loss):
     """A loss of the canonical family: subclasses give `cost` and `mean`, the delta is here."""
 
     @abc.abstractmethod
-    def cost(self, z: Array, y: Array) -> Array:
+    def cost(self, z: Array, y: Any) -> Array:
         """A(z) - y z + const, summed over the last axis."""
 
     @abc.abstractmethod
     def mean(self, z: Array) -> Array:
         """A'(z), the expected y."""
 
-    def targets(self, z: Array, y: Any) -> Array:
-        """y as an array like z."""
+    def targets(self, z: Array, y: Any) -> Any:
+        """y as `cost` and `error` want it: an array like z."""
         self.check(z.shape, y)
         return jnp.asarray(y).astype(z.dtype)
 
@@ -56,7 +56,8 @@ class Canonical(Loss):
         v = wide(z)
         return (self.error(v, self.targets(v, y)) / positions(z)).astype(z.dtype)
 
-    def error(self, z: Array, y: Array) -> Array:
+    def error(self, z: Array, y: Any) -> Array:
+        """mean(z) - y, where y came from `targets`."""
         return self.mean(z) - y
 
     def predict(self, z: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,14 @@ from jax import Array
 
 from jbackprop.losses.base import check_range, is_concrete, wide
 from jbackprop.losses.canonical import Canonical
+
+
+class _Targets(NamedTuple):
+    """Labels of one class each, or weights t over all classes; and their mass, the sum of t."""
+
+    labels: Array | None
+    t: Any
+    mass: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,47 +59,52 @@ class SoftmaxCrossEntropy(Canonical):
             if not all(0 <= w < np.inf for w in weights):
                 raise ValueError(f"class_weights must be finite and not negative, not {weights}")
 
-    def cost(self, z: Array, y: Array) -> Array:
-        return -jnp.sum(jnp.where(y == 0, 0, y * jax.nn.log_softmax(z, axis=-1)), axis=-1)
+    def cost(self, z: Array, y: _Targets) -> Array:
+        log_p = jax.nn.log_softmax(z, axis=-1)
+        if y.labels is None:
+            return -jnp.sum(jnp.where(y.t == 0, 0, y.t * log_p), axis=-1)
+        picked = jnp.take_along_axis(log_p, y.labels[..., None], axis=-1, mode="clip")[..., 0]
+        return jnp.where(y.mass == 0, 0, -y.mass * picked)
 
     def mean(self, z: Array) -> Array:
         return jax.nn.softmax(z, axis=-1)
 
-    def error(self, z: Array, y: Array) -> Array:
-        return jnp.sum(y, axis=-1, keepdims=True) * self.mean(z) - y
+    def error(self, z: Array, y: _Targets) -> Array:
+        mass = y.mass[..., None]
+        if y.labels is None:
+            return mass * self.mean(z) - y.t
+        return mass * (self.mean(z) - jax.nn.one_hot(y.labels, z.shape[-1], dtype=z.dtype))
 
-    def targets(self, z: Array, y: Any) -> Array:
-        """t * T / (number of places that count), so that the mean over T positions is theirs."""
+    def targets(self, z: Array, y: Any) -> _Targets:
+        """The target weights; over T positions times T / (number of places that count)."""
         self.check(z.shape, y)
-        classes = z.shape[-1]
-        y = jnp.asarray(y)
-        counted = None
-        if jnp.issubdtype(y.dtype, jnp.integer):
-            t = self._one_hot(y, classes, z.dtype)
-            if self.ignore_index is not None:
-                counted = y != self.ignore_index
-        else:
-            t = y.astype(z.dtype)
-        if self.label_smoothing:
-            t = (1 - self.label_smoothing) * t + self.label_smoothing / classes
-        if self.class_weights is not None:
-            t = t * jnp.broadcast_to(jnp.asarray(self.class_weights, z.dtype), t.shape)
-        if counted is not None:
-            t = jnp.where(counted[..., None], t, 0)
-            if counted.ndim > 1:
-                number = jnp.sum(counted.reshape(len(counted), -1), axis=1)
-                scale = counted[0].size / jnp.maximum(number, 1).astype(z.dtype)
-                t = t * scale.reshape(scale.shape + (1,) * (t.ndim - 1))
-        return t
-
-    @staticmethod
-    def _one_hot(y: Array, classes: int, dtype: Any) -> Array:
-        """One-hot rows; NaN rows for labels out of range, which must not pass for zeros."""
+        y, classes = jnp.asarray(y), z.shape[-1]
+        w = jnp.asarray(self.class_weights or (1.0,) * classes, z.dtype)
+        if not jnp.issubdtype(y.dtype, jnp.integer):
+            return self._spread(y.astype(z.dtype), w)
         if y.dtype.itemsize < 4:  # an int8 cannot count 300 classes
             y = y.astype(jnp.int32)
-        hot = jax.nn.one_hot(y, classes, dtype=dtype)
-        inside = (y >= 0) & (y < classes)
-        return jnp.where(inside[..., None], hot, jnp.nan)
+        # A label out of range weighs NaN: it must not pass for a place without a target.
+        mass = jnp.where((y >= 0) & (y < classes), jnp.ones((), z.dtype), jnp.nan)
+        if self.ignore_index is not None:
+            counted = y != self.ignore_index
+            number = jnp.sum(counted.reshape(len(y), -1), axis=1).astype(z.dtype)
+            scale = (y[0].size / jnp.maximum(number, 1)).reshape((-1,) + (1,) * (y.ndim - 1))
+            mass = jnp.where(counted, mass * scale, 0)
+        if self.label_smoothing:
+            hot = jax.nn.one_hot(y, classes, dtype=z.dtype)
+            return self._spread(hot, w, mass)
+        if self.class_weights is not None:
+            mass = mass * jnp.take(w, y, mode="clip")
+        return _Targets(y, None, mass)
+
+    def _spread(self, y: Array, w: Array, mass: Array | None = None) -> _Targets:
+        """The weights of targets that are spread over the classes."""
+        t = (1 - self.label_smoothing) * y + self.label_smoothing / y.shape[-1]
+        t = t * jnp.broadcast_to(w, t.shape)
+        if mass is not None:
+            t = jnp.where(mass[..., None] == 0, 0, t * mass[..., None])
+        return _Targets(None, t, jnp.sum(t, axis=-1))
 
     def check(self, z_shape: tuple[int, ...], y: Any) -> None:
         y_shape, classes = tuple(jnp.shape(y)), z_shape[-1]

@@ -1,0 +1,204 @@
+"""Every delta and every gradient of a network against the truth.
+
+The truth is `jax.grad` in float64 of the network's forward sweep and the loss's value alone; no
+backward rule has a part in it. Deltas come from taps: a parameter added behind every layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbackprop.factored import PyTree
+from jbackprop.gradient import sweep
+from jbackprop.losses import Loss
+from jbackprop.observe import tapped
+from jbackprop.sweep import Node, forward, walk
+from jbackprop.table import render
+
+FLOAT64_TOLERANCE = 1e-12
+
+
+@contextlib.contextmanager
+def x64() -> Iterator[None]:
+    """Float64 inside, whatever the global flag; the flag is as it was afterwards."""
+    if hasattr(jax, "enable_x64"):
+        context = jax.enable_x64(True)
+    else:  # before JAX 0.8
+        context = jax.experimental.enable_x64(True)
+    with context:
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The verdict on one delta or one gradient.
+
+    Attributes:
+        path: of the layer (for a delta) or the parameter.
+        kind: "delta" or "gradient".
+        error: |ours - truth| / |truth|, in the norm of all entries.
+        autodiff_error: the same of `jax.grad` in the dtype that was tried.
+        tolerance: what error may be: 1e-12 in float64; otherwise twice autodiff's own error plus
+            eps * sqrt(the number of terms summed).
+    """
+
+    path: str
+    kind: str
+    error: float
+    autodiff_error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance  # False for NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """The verdict on a network, from the output back to the input. Printed, it is a table."""
+
+    rows: tuple[Row, ...]
+    dtype: str
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """The rows that are wrong, from the output back: the first names the rule to look at."""
+        return tuple(row for row in self.rows if not row.ok)
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error of all."""
+        return max((row.error for row in self.rows), key=lambda e: math.inf if e != e else e)
+
+    def __str__(self) -> str:
+        rows = (
+            (row.path, row.kind, f"{row.error:.1e}", f"{row.autodiff_error:.1e}",
+             f"{row.tolerance:.1e}", "right" if row.ok else "WRONG")
+            for row in self.rows
+        )  # fmt: skip
+        columns = ("what", "", ">relative error", ">of jax.grad", ">allowed", "verdict")
+        title = f"Hand-derived against jax.grad in float64, computed in {self.dtype}"
+        return render(columns, rows, title)
+
+
+def network(
+    net: Node, loss: Loss, params: PyTree, x: Any, y: Any, dtype: Any = None
+) -> Agreement:
+    """Compare every delta and every gradient of a network with `jax.grad` in float64.
+
+    Args:
+        net: a layer or a composite.
+        loss: a `Loss`.
+        params: the network's parameters.
+        x: the inputs, (B, ...).
+        y: the targets.
+        dtype: what our rules compute in; by default that of the parameters. The truth is computed
+            from the same numbers, rounded to this dtype.
+
+    Returns:
+        An `Agreement`: for each layer, from the output back, the delta (of every example's own
+        cost) and then its parameters' gradients (of the summed cost).
+    """
+    params, x, y = jax.tree.map(np.asarray, (params, x, y))
+    dtype = jnp.dtype(dtype or jnp.result_type(*jax.tree.leaves(params), jnp.bfloat16))
+    params, x, y = (_cast(tree, dtype) for tree in (params, x, y))
+    with x64():
+        ours = _to64(_by_rule(net, loss, *_device((params, x, y))))
+        auto = _to64(_by_autodiff(net, loss, *_device((params, x, y))))
+        truth = auto
+        if dtype != jnp.float64:
+            wide = (_cast(tree, jnp.dtype("float64")) for tree in (params, x, y))
+            truth = _to64(_by_autodiff(net, loss, *_device(tuple(wide))))
+    terms = max([len(jax.tree.leaves(x)[0]), *(max(w.shape) for w in jax.tree.leaves(params))])
+    allowed = float(jnp.finfo(dtype).eps) * math.sqrt(terms)
+    rows: list[Row] = []
+    compared = zip(walk(net, ours), walk(net, auto), walk(net, truth), strict=True)
+    for (path, _, mine), (_, _, other), (_, _, right) in reversed(list(compared)):
+        for kind, i in (("delta", 1), ("gradient", 0)):
+            leaves, _ = jax.tree_util.tree_flatten_with_path(right[i])
+            for (where, t), m, o in zip(
+                leaves, jax.tree.leaves(mine[i]), jax.tree.leaves(other[i]), strict=True
+            ):
+                error, its = _relative(m, t), _relative(o, t)
+                tolerance = (
+                    FLOAT64_TOLERANCE if dtype == jnp.float64 else 2 * its + allowed
+                )
+                name = ".".join([path, *(str(getattr(k, "key", k)) for k in where)])
+                rows.append(Row(name, kind, error, its, tolerance))
+    return Agreement(tuple(rows), str(dtype))
+
+
+def _relative(candidate: np.ndarray, truth: np.ndarray) -> float:
+    if candidate.shape != truth.shape:
+        return math.inf
+    error, size = np.linalg.norm(candidate - truth), np.linalg.norm(truth)
+    return float(error / size) if size else (0.0 if error == 0 else math.inf)
+
+
+def _cast(tree: PyTree, dtype: Any) -> PyTree:
+    """Floating-point leaves to dtype."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def _device(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def _to64(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), tree)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _by_rule(net: Node, loss: Loss, params: PyTree, x: Any, y: Any) -> PyTree:
+    """For every layer (gradients of the summed cost, the deltas of each example), by our rules."""
+    taps, both = tapped(net, params, x)
+
+    def collect(factored: PyTree, delta: Any, aux: Any) -> PyTree:
+        own, _ = factored
+        return jax.tree.map(lambda pair: pair.total(), own, is_leaf=_is_pair), delta
+
+    return sweep(taps, loss, both, x, y, collect).collected
+
+
+def _is_pair(node: Any) -> bool:
+    return hasattr(node, "total")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _by_autodiff(net: Node, loss: Loss, params: PyTree, x: Any, y: Any) -> PyTree:
+    """The same by `jax.grad` of forward and the loss's value."""
+    taps, both = tapped(net, params, x)
+
+    def cost(both: PyTree, x: Any, y: Any) -> Any:
+        return jnp.sum(loss.value(forward(taps, both, x)[0], y))
+
+    def one(x_n: Any, y_n: Any) -> PyTree:
+        return jax.grad(cost)(both, *jax.tree.map(lambda leaf: leaf[None], (x_n, y_n)))
+
+    grads = jax.grad(cost)(both, x, y)
+    each = jax.vmap(one)(x, y)  # the compiler drops all but the taps' part of it
+    return _zip_layers(net, grads, each)
+
+
+def _zip_layers(net: Node, grads: PyTree, each: PyTree) -> PyTree:
+    from jbackprop.sweep import rebuild
+
+    deltas = {path: part[1] for path, _, part in walk(net, each)}
+    return rebuild(net, grads, lambda path, layer, part: (layer, (part[0], deltas[path])))[1]

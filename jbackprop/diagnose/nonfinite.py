@@ -1,0 +1,52 @@
+"""Where the first NaN or infinity came up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jbackprop.factored import PyTree
+from jbackprop.gradient import backprop, deltas, gradient
+from jbackprop.losses import Loss
+from jbackprop.observe import activations
+from jbackprop.sweep import Node, walk
+
+
+def first_nonfinite(
+    net: Node, loss: Loss, params: PyTree, x: Any, y: Any, key: Any = None
+) -> str | None:
+    """Name the place where a mini-batch first is not finite, in the order of computation.
+
+    Args:
+        net, loss, params, x, y, key: as `jbackprop.backprop` takes them.
+
+    Returns:
+        The place: an input, a parameter, the output of a layer, the cost, the delta of a layer, or
+        the gradient of a parameter. None if all is finite.
+    """
+    if not _finite(x):
+        return "the inputs x"
+    named = {path: layer for path, layer, _ in walk(net)}
+    for path, _, own in walk(net, params):
+        if not _finite(own):
+            return f"the parameters of {path} ({named[path]})"
+    for path, a in activations(net, params, x, key).items():
+        if not _finite(a):
+            return f"the output of {path} ({named[path]})"
+    bp = backprop(net, loss, params, x, y, key=key)
+    if not _finite(bp.losses):
+        return f"the cost ({loss}), while the network's outputs are finite"
+    for path, delta in reversed(deltas(bp).items()):
+        if not _finite(delta):
+            return f"the delta of {path} ({named[path]}), while all outputs are finite"
+    for path, _, own in walk(net, gradient(bp)):
+        if not _finite(own):
+            return f"the gradient of {path} ({named[path]}), while all deltas are finite"
+    return None
+
+
+def _finite(tree: PyTree) -> bool:
+    leaves = (leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves)

@@ -1,0 +1,112 @@
+"""Saturated and dead units."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jbackprop.factored import PyTree
+from jbackprop.layers import Elementwise, Identity
+from jbackprop.observe import Seen
+from jbackprop.sweep import Layer, Node, Trace, forward, rebuild, walk
+from jbackprop.table import render
+
+
+@dataclasses.dataclass(frozen=True)
+class Saturation:
+    """Of one layer of units: how many of them pass (almost) no delta.
+
+    Attributes:
+        path: the layer.
+        layer: its configuration, printed.
+        saturated: the share of (example, unit) pairs with |f'(z)| below the threshold.
+        dead: the share of units with f'(z) = 0 for every example of the batch.
+        units: the number of units.
+    """
+
+    path: str
+    layer: str
+    saturated: float
+    dead: float
+    units: int
+
+
+class SaturationTable(tuple[Saturation, ...]):
+    """One `Saturation` for each layer of units. Printed, it is a table."""
+
+    def __str__(self) -> str:
+        rows = [
+            (s.path, s.layer, str(s.units), f"{s.saturated:.1%}", f"{s.dead:.1%}") for s in self
+        ]
+        return render(("layer", "", ">units", ">saturated", ">dead"), rows)
+
+
+def saturation(net: Node, params: PyTree, x: Any, threshold: float = 0.05) -> SaturationTable:
+    """Saturated and dead units of every elementwise activation.
+
+    Args:
+        net: a layer or a composite.
+        params: its parameters.
+        x: a mini-batch, (B, ...).
+        threshold: |f'| below it counts as saturated.
+
+    Returns:
+        A `Saturation` for each layer of elementwise units but `Identity`, first layer first.
+
+    Raises:
+        ValueError: a threshold that is not positive.
+    """
+    if not threshold > 0:
+        raise ValueError(f"threshold must be positive, not {threshold}")
+    slopes = _slopes(net, params, x)
+    names = {path: repr(layer) for path, layer, _ in walk(net)}
+    found = []
+    for seen in slopes:
+        slope = jnp.abs(seen.y).reshape(seen.y.shape[0], -1)
+        found.append(
+            Saturation(
+                seen.path,
+                names[seen.path],
+                float(jnp.mean(slope < threshold)),
+                float(jnp.mean(jnp.all(slope == 0, axis=0))),
+                slope.shape[1],
+            )
+        )
+    return SaturationTable(found)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _slopes(net: Node, params: PyTree, x: Any) -> list[Seen]:
+    """f' of every unit: the rule's own product with a delta of ones."""
+
+    def sloped(path: str, layer: Layer, own: PyTree) -> tuple[Node, PyTree]:
+        ours = isinstance(layer, Elementwise) and not isinstance(layer, Identity)
+        return (_Sloped(layer, path) if ours else layer), own
+
+    _, saved = forward(*rebuild(net, params, sloped), x)
+    leaves = jax.tree.leaves(saved, is_leaf=lambda node: isinstance(node, Seen))
+    return [leaf for leaf in leaves if isinstance(leaf, Seen)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sloped(Layer):
+    inner: Layer
+    path: str
+
+    def init(self, key: Array) -> PyTree:
+        return self.inner.init(key)
+
+    def forward(self, params: PyTree, x: Any, key: Array | None = None) -> tuple[Any, Any]:
+        y, saved = self.inner.forward(params, x, key)
+        slope, _ = self.inner.backward(params, Trace(x, y, saved), jnp.ones_like(y))
+        return y, Seen(slope, self.path)
+
+    def backward(self, params: PyTree, trace: Trace, delta: Any) -> tuple[Any, PyTree]:
+        raise NotImplementedError("for the forward sweep only")
+
+

@@ -1,0 +1,52 @@
+"""The table of a network's layers."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jbackprop.factored import PyTree
+from jbackprop.observe import activations
+from jbackprop.sweep import Node, walk
+from jbackprop.table import render
+
+
+def count(params: PyTree) -> int:
+    """The number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def summary(net: Node, x_shape: tuple[int, ...] | None = None) -> str:
+    """The layers of a network as a table: path, layer, shapes of its parameters, their number.
+
+    Args:
+        net: a layer or a composite.
+        x_shape: the shape of one example's input; with it the outputs' shapes are shown, and
+            whether the layers fit together is checked.
+
+    Returns:
+        The table, to be printed. Nothing is computed: shapes only.
+
+    Raises:
+        ValueError: layers that do not fit together, at the place where they do not.
+    """
+    params = jax.eval_shape(net.init, jax.random.key(0))
+    outputs = {}
+    if x_shape is not None:
+        x = jax.ShapeDtypeStruct((1, *x_shape), jnp.result_type(float))
+        outputs = jax.eval_shape(functools.partial(activations, net), params, x)
+    rows = []
+    for path, layer, own in walk(net, params):
+        named, _ = jax.tree_util.tree_flatten_with_path(own)
+        shapes = ", ".join(
+            f"{'.'.join(str(getattr(k, 'key', k)) for k in where)} {leaf.shape}"
+            for where, leaf in named
+        )
+        shape = str(outputs[path].shape[1:]) if path in outputs else ""
+        rows.append((path, repr(layer), shape, shapes, f"{count(own):,}" if named else ""))
+    rows.append(("total", "", "", "", f"{count(params):,}"))
+    columns = ["layer", "", "output", "parameters", ">number"]
+    return render(columns, rows)
