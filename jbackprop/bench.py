@@ -21,6 +21,7 @@ from jbackprop.gradient import value_and_grad
 from jbackprop.layers import Gelu, Relu, Tanh
 from jbackprop.losses import SoftmaxCrossEntropy
 from jbackprop.sweep import Node
+from jbackprop.table import render
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,3 +190,24 @@ def run(loads: Iterable[Workload] = WORKLOADS, **options: Any) -> Iterator[Resul
     """Measure one workload after the other."""
     for load in loads:
         yield measure(load, **options)
+
+
+def table(results: Iterable[Result]) -> str:
+    """Results as a table of text."""
+    rows = (
+        (
+            r.name,
+            f"{r.manual_ms:.3f}",
+            f"{r.automatic_ms:.3f}",
+            f"{r.time:.3f} ({r.quartiles[0]:.2f} to {r.quartiles[1]:.2f})",
+            "?" if r.memory is None else f"{r.memory:.3f}",
+            f"{r.trace:.2f}",
+            f"{r.agreement:.0e}",
+        )
+        for r in results
+    )
+    columns = (
+        "network", ">manual ms", ">automatic ms", ">time ratio (quartiles)", ">memory ratio",
+        ">trace ratio", ">difference",
+    )  # fmt: skip
+    return render(columns, rows)

@@ -13,7 +13,7 @@ from jax import Array
 from jbackprop import layers, losses
 from jbackprop.compose import Sequential, mlp
 from jbackprop.losses import Loss
-from jbackprop.sweep import Node
+from jbackprop.sweep import Node, forward
 
 
 def _cubic(z: Array) -> Array:
@@ -152,6 +152,4 @@ def cases(batch: int = 7) -> list[Case]:
 
 
 def _outputs(net: Node, params: Any, x: Array) -> Any:
-    from jbackprop.sweep import forward
-
     return forward(net, params, x)[0]

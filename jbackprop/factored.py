@@ -28,7 +28,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,8 @@ class Place:
         The way there is linear and only moves entries, so that the way back is its transpose; a
         part that a slice leaves out is zero.
         """
+        if not self.steps and canonical.shape == self.stack + self.shape:
+            return canonical
         if not self.steps:
             return canonical.reshape(self.stack + self.shape)
 
@@ -123,7 +125,7 @@ class Factored(abc.ABC):
 
     @property
     def home(self) -> Place:
-        """The place; a kind made by hand needs one before it can answer in the parameter's shape."""
+        """The place; a kind made by hand has none, and cannot answer in the parameter's shape."""
         if self.place is None:
             raise ValueError(
                 f"this {type(self).__name__} has no place yet: the sweep gives it one. By hand, "
@@ -187,6 +189,7 @@ def place_in(factored: PyTree, params: PyTree) -> PyTree:
     return jax.tree.map(put, params, factored)
 
 
+@dataclass_transform(frozen_default=True)
 def _kind(*data: str, meta: tuple[str, ...] = ()) -> Callable[[type[_K]], type[_K]]:
     """Make a class a frozen dataclass and a pytree: arrays and parts are data, the rest static."""
 
@@ -245,8 +248,11 @@ class Outer(Factored):
         if weights is not None:
             a, delta = _present(weights, a), weighted(weights, delta)
         if a.shape[1] == 1:  # one two-dimensional matmul: a 'ngt' contraction is slower
-            a, delta = a.reshape(-1, a.shape[3]), delta.reshape(-1, delta.shape[3])
-            return self.home.restore(_einsum("ni,no->io", a, delta))
+            dtype, over_n = jnp.result_type(a, delta), (((0,), (0,)), ((), ()))
+            a, delta = (v.reshape(-1, v.shape[3]).astype(dtype) for v in (a, delta))
+            return self.home.restore(
+                lax.dot_general(a, delta, over_n, preferred_element_type=wide_dtype(dtype))
+            )
         return self.home.restore(_einsum("ngti,ngto->gio", a, delta))
 
     def each(self) -> Array:

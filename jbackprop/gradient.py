@@ -115,12 +115,12 @@ def sweep(
     """
     _check_call(net, loss, x, y)
     outputs, saved = forward(net, params, x, key)
-    losses = loss.value(outputs, y)
-    delta = loss.delta(outputs, y)
+    losses, delta = loss.value_and_delta(outputs, y)
     if isinstance(output_weights, float):
         delta = output_weights * delta
     elif output_weights is not None:
         delta = weighted(output_weights, delta)
+    # The delta is read by several; made once, it keeps XLA from making it anew for each of them.
     losses, delta = jax.lax.optimization_barrier((losses, delta))
     trace = Trace(x if "x" in net.reads else None, outputs if "y" in net.reads else None, saved)
     delta_x, collected = backward(net, params, trace, delta, collect, transport, aux)
@@ -242,9 +242,7 @@ def deltas(bp: Backprop) -> OrderedDict[str, Array]:
     return OrderedDict((path, kept.delta) for path, _, kept in found if isinstance(kept, Kept))
 
 
-def value_and_grad(
-    net: Node, loss: Loss
-) -> Callable[..., tuple[Array, PyTree]]:
+def value_and_grad(net: Node, loss: Loss) -> Callable[..., tuple[Array, PyTree]]:
     """The cost of a mini-batch and its gradient: like `jax.value_and_grad`, by the delta rule.
 
     Args:
@@ -294,7 +292,8 @@ def _value_grad_outputs(
 ) -> tuple[Array, PyTree, Any]:
     n = batch_size(x)
     _check_weights(weights, n)
-    collect, output_weights, divisor = total, None, 1
+    collect, divisor = total, 1
+    output_weights: Any = None
     if weights is None and _is_half(params):
         divisor = n  # delta / n could underflow in float16: the sum, in float32, is divided
     elif weights is None:
@@ -304,10 +303,8 @@ def _value_grad_outputs(
     else:
         collect = leafwise(lambda pair: pair.total(weights))
     swept = sweep(net, loss, params, x, y, collect, key=key, output_weights=output_weights)
-    if weights is None:
-        value = jnp.mean(swept.losses)
-    else:
-        value = jnp.sum(weighted(weights, swept.losses))
+    losses = swept.losses
+    value = jnp.mean(losses) if weights is None else jnp.sum(weighted(weights, losses))
     grads = jax.tree.map(
         lambda g, p: (g if divisor == 1 else g / divisor).astype(p.dtype), swept.collected, params
     )

@@ -35,15 +35,15 @@ class _Wrapper(Layer):
     inner: Layer
 
     @property
-    def reads(self) -> tuple[str, ...]:  # type: ignore[override]
+    def reads(self) -> tuple[str, ...]:
         return self.inner.reads
 
     @property
-    def draws(self) -> bool:  # type: ignore[override]
+    def draws(self) -> bool:
         return self.inner.draws
 
     @property
-    def couples_examples(self) -> bool:  # type: ignore[override]
+    def couples_examples(self) -> bool:
         return self.inner.couples_examples
 
     def __repr__(self) -> str:

@@ -155,11 +155,11 @@ class Composite(Node):
         )
 
     @functools.cached_property
-    def draws(self) -> bool:  # type: ignore[override]
+    def draws(self) -> bool:
         return any(layer.draws for layer in self.children().values())
 
     @functools.cached_property
-    def couples_examples(self) -> bool:  # type: ignore[override]
+    def couples_examples(self) -> bool:
         return any(layer.couples_examples for layer in self.children().values())
 
 

@@ -20,4 +20,5 @@ def render(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "
         table.add_row(*row)
     text = StringIO()
     Console(file=text, width=200, markup=False, highlight=False, emoji=False).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+    lines = (line.rstrip() for line in text.getvalue().splitlines())
+    return "\n".join(lines).strip("\n")

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbackprop.factored import PyTree
+from jbackprop.factored import PyTree, is_factored
 from jbackprop.gradient import sweep
 from jbackprop.losses import Loss
 from jbackprop.observe import tapped
-from jbackprop.sweep import Node, forward, walk
+from jbackprop.sweep import Node, forward, rebuild, walk
 from jbackprop.table import render
 
 FLOAT64_TOLERANCE = 1e-12
@@ -30,11 +30,8 @@ FLOAT64_TOLERANCE = 1e-12
 @contextlib.contextmanager
 def x64() -> Iterator[None]:
     """Float64 inside, whatever the global flag; the flag is as it was afterwards."""
-    if hasattr(jax, "enable_x64"):
-        context = jax.enable_x64(True)
-    else:  # before JAX 0.8
-        context = jax.experimental.enable_x64(True)
-    with context:
+    home: Any = jax if hasattr(jax, "enable_x64") else jax.experimental  # where it used to be
+    with home.enable_x64(True):
         yield
 
 
@@ -94,9 +91,7 @@ class Agreement:
         return render(columns, rows, title)
 
 
-def network(
-    net: Node, loss: Loss, params: PyTree, x: Any, y: Any, dtype: Any = None
-) -> Agreement:
+def network(net: Node, loss: Loss, params: PyTree, x: Any, y: Any, dtype: Any = None) -> Agreement:
     """Compare every delta and every gradient of a network with `jax.grad` in float64.
 
     Args:
@@ -133,9 +128,7 @@ def network(
                 leaves, jax.tree.leaves(mine[i]), jax.tree.leaves(other[i]), strict=True
             ):
                 error, its = _relative(m, t), _relative(o, t)
-                tolerance = (
-                    FLOAT64_TOLERANCE if dtype == jnp.float64 else 2 * its + allowed
-                )
+                tolerance = FLOAT64_TOLERANCE if dtype == jnp.float64 else 2 * its + allowed
                 name = ".".join([path, *(str(getattr(k, "key", k)) for k in where)])
                 rows.append(Row(name, kind, error, its, tolerance))
     return Agreement(tuple(rows), str(dtype))
@@ -172,13 +165,9 @@ def _by_rule(net: Node, loss: Loss, params: PyTree, x: Any, y: Any) -> PyTree:
 
     def collect(factored: PyTree, delta: Any, aux: Any) -> PyTree:
         own, _ = factored
-        return jax.tree.map(lambda pair: pair.total(), own, is_leaf=_is_pair), delta
+        return jax.tree.map(lambda pair: pair.total(), own, is_leaf=is_factored), delta
 
     return sweep(taps, loss, both, x, y, collect).collected
-
-
-def _is_pair(node: Any) -> bool:
-    return hasattr(node, "total")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -198,7 +187,5 @@ def _by_autodiff(net: Node, loss: Loss, params: PyTree, x: Any, y: Any) -> PyTre
 
 
 def _zip_layers(net: Node, grads: PyTree, each: PyTree) -> PyTree:
-    from jbackprop.sweep import rebuild
-
     deltas = {path: part[1] for path, _, part in walk(net, each)}
     return rebuild(net, grads, lambda path, layer, part: (layer, (part[0], deltas[path])))[1]

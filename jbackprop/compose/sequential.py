@@ -47,7 +47,7 @@ class Sequential(Composite):
         return Sequential(*layers)
 
     @functools.cached_property
-    def reads(self) -> tuple[str, ...]:  # type: ignore[override]
+    def reads(self) -> tuple[str, ...]:
         first = ("x",) if "x" in self.layers[0].reads else ()
         return first + (("y",) if "y" in self.layers[-1].reads else ())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 from jax import Array
@@ -43,7 +44,7 @@ def delta_norms(bp: Backprop) -> DeltaFlow:
     paths = list(norms)
     ratios = {
         path: norms[path] / norms[following] if norms[following] else float("nan")
-        for path, following in zip(paths, paths[1:], strict=False)
+        for path, following in itertools.pairwise(paths)
     }
     return DeltaFlow(norms, ratios)
 

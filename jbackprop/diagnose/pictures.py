@@ -18,9 +18,7 @@ def figure(columns: int = 1, width: float = 5.0, height: float = 3.6) -> tuple[A
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "pictures need matplotlib: pip install 'jbackprop[plots]'"
-        ) from error
+        raise ImportError("pictures need matplotlib: pip install 'jbackprop[plots]'") from error
     fig = Figure(figsize=(width * columns, height), layout="constrained")
     return fig, fig.subplots(1, columns, squeeze=False)[0]
 

@@ -108,5 +108,3 @@ class _Sloped(Layer):
 
     def backward(self, params: PyTree, trace: Trace, delta: Any) -> tuple[Any, PyTree]:
         raise NotImplementedError("for the forward sweep only")
-
-

@@ -163,9 +163,7 @@ class Selu(Elementwise):
         return _SELU_SCALE * jnp.where(z > 0, z, _SELU_ALPHA * jnp.expm1(_negative(z)))
 
     def slope(self, z: Array, a: Array) -> Array:
-        return jnp.where(
-            a > 0, jnp.asarray(_SELU_SCALE, a.dtype), a + _SELU_SCALE * _SELU_ALPHA
-        )
+        return jnp.where(a > 0, jnp.asarray(_SELU_SCALE, a.dtype), a + _SELU_SCALE * _SELU_ALPHA)
 
 
 @dataclasses.dataclass(frozen=True)

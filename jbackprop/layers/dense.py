@@ -80,12 +80,16 @@ class Dense(Layer):
     def forward(self, params: PyTree, x: Array, key: Array | None = None) -> tuple[Array, None]:
         self._check(params, x)
         z = jnp.dot(x, params["w"])
-        return (z + jnp.broadcast_to(params["b"], z.shape) if self.bias else z), None
+        if self.bias:
+            z = z + (params["b"] if z.ndim == 1 else jnp.broadcast_to(params["b"], z.shape))
+        return z, None
 
     def backward(self, params: PyTree, trace: Trace, delta: Array) -> tuple[Array, PyTree]:
         x = trace.x
         last = delta.ndim - 1
-        delta_x = lax.dot_general(delta, params["w"].astype(delta.dtype), (((last,), (1,)), ((), ())))
+        delta_x = lax.dot_general(
+            delta, params["w"].astype(delta.dtype), (((last,), (1,)), ((), ()))
+        )
         factored: dict[str, Any] = {"w": Outer.of(x, delta)}
         if self.bias:
             factored["b"] = Shift.of(delta)

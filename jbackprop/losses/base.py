@@ -29,11 +29,15 @@ class Loss(abc.ABC):
     def delta(self, z: Array, y: Any) -> Array:
         """dC_n/dz_n, never averaged over the batch: (B, ..., q), in z's dtype."""
 
+    def value_and_delta(self, z: Array, y: Any) -> tuple[Array, Array]:
+        """Both at once, for losses that can share work between them."""
+        return self.value(z, y), self.delta(z, y)
+
     def predict(self, z: Array) -> Array:
         """What the user calls the output, from net outputs z; z itself unless overridden."""
         return z
 
-    def check(self, z_shape: tuple[int, ...], y: Any) -> None:
+    def check(self, z_shape: tuple[int, ...], y: Any) -> None:  # noqa: B027, checking is optional
         """Raise where targets do not fit outputs of this shape; values only where y is concrete."""
 
 

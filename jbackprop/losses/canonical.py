@@ -1,8 +1,8 @@
 """The canonical family: losses whose delta is the error in prediction.
 
 The negative log likelihood of an exponential family in its natural parameter z, with sufficient
-statistic y, is C = A(z) - y z + const, where A is the log-partition function and A'(z) = mean(z) the
-expected y. Whatever the family, therefore,
+statistic y, is C = A(z) - y z + const, where A is the log-partition function and A'(z) = mean(z)
+the expected y. Whatever the family, therefore,
 
     delta = dC/dz = mean(z) - y
 
@@ -48,13 +48,22 @@ class Canonical(Loss):
         return jnp.asarray(y).astype(z.dtype)
 
     def value(self, z: Array, y: Any) -> Array:
-        z = wide(z)
-        return mean_over_positions(self.cost(z, self.targets(z, y)))
+        v = wide(z)
+        return mean_over_positions(self.cost(v, self.targets(v, y)))
 
     def delta(self, z: Array, y: Any) -> Array:
         """mean(z) - y; over T positions divided by T."""
         v = wide(z)
-        return (self.error(v, self.targets(v, y)) / positions(z)).astype(z.dtype)
+        return self._delta(v, self.targets(v, y)).astype(z.dtype)
+
+    def value_and_delta(self, z: Array, y: Any) -> tuple[Array, Array]:
+        v = wide(z)
+        t = self.targets(v, y)
+        return mean_over_positions(self.cost(v, t)), self._delta(v, t).astype(z.dtype)
+
+    def _delta(self, z: Array, t: Any) -> Array:
+        error, number = self.error(z, t), positions(z)
+        return error if number == 1 else error / number
 
     def error(self, z: Array, y: Any) -> Array:
         """mean(z) - y, where y came from `targets`."""
@@ -89,8 +98,8 @@ class SquaredError(Canonical):
 class SigmoidCrossEntropy(Canonical):
     """Log loss: C = -sum_o [y_o log s_o + (1 - y_o) log(1 - s_o)] with s = sigmoid(z).
 
-    For two classes (one output) or many labels at once. From net inputs: since log s = -softplus(-z)
-    and log(1 - s) = -softplus(z), C = sum_o [softplus(z_o) - y_o z_o], which is the Bernoulli
+    For two classes (one output) or many labels at once. From net inputs, log s = -softplus(-z) and
+    log(1 - s) = -softplus(z), so that C = sum_o [softplus(z_o) - y_o z_o]: the Bernoulli
     distribution with A(z) = softplus(z). mean(z) = sigmoid(z), so the delta is s - y.
 
     Shapes: z and y (B, ..., q), y in [0, 1].

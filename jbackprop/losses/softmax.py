@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jbackprop.losses.base import check_range, is_concrete, wide
+from jbackprop.losses.base import check_range, is_concrete
 from jbackprop.losses.canonical import Canonical
 
 

@@ -13,9 +13,7 @@ from jbackprop.losses import Loss
 from jbackprop.sweep import Node, batch_size, forward
 
 
-def check_data(
-    name: str, net: Node, loss: Loss, params: PyTree, data: Any
-) -> tuple[Any, Any]:
+def check_data(name: str, net: Node, loss: Loss, params: PyTree, data: Any) -> tuple[Any, Any]:
     """Data as arrays in the dtype of the parameters, or an error that says what does not fit."""
     if not isinstance(data, tuple | list) or len(data) != 2:
         raise TypeError(f"{name} must be a pair (x, y) of arrays, not {type(data).__name__}")
@@ -25,9 +23,7 @@ def check_data(
     n = batch_size(x)
     lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(y)}
     if lengths != {n}:
-        raise ValueError(
-            f"{name}: x has {n} examples, but y has {' and '.join(map(str, lengths))}"
-        )
+        raise ValueError(f"{name}: x has {n} examples, but y has {' and '.join(map(str, lengths))}")
     if n == 0:
         raise ValueError(f"{name} is empty: there is no example in it")
     for part, tree in (("x", x), ("y", y)):

@@ -119,6 +119,10 @@ class _Task:
     optimizer: optax.GradientTransformationExtraArgs
     metrics: tuple[tuple[str, Metric], ...]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.metrics)
+
 
 def fit(
     net: Node,
@@ -136,8 +140,9 @@ def fit(
     early_stopping: EarlyStopping | None = None,
     progress: bool | None = None,
 ) -> Fit:
-    """Train a network by the delta rule. The same key on the same machine: the same result, bit
-    by bit.
+    """Train a network by the delta rule.
+
+    The same key on the same machine gives the same result, bit by bit.
 
     Args:
         net: a layer or a composite.
@@ -193,7 +198,7 @@ def fit(
                 history.setdefault(name, []).append(value)
             bar.epoch(number, values)
             seen = Epoch(number, run.params, run.opt_state, history)
-            if any([callback(seen) is True for callback in callbacks]):
+            if [True for callback in callbacks if callback(seen) is True]:  # call every one
                 stopped = "callback"
                 break
             if keeper.exhausted(number):
@@ -257,7 +262,7 @@ class _Run:
                 self._look(waiting, before, sums, history)
                 waiting, before = [], (self.params, self.opt_state, self._step)
         self._look(waiting, before, sums, history)
-        return {name: total / self._n for name, total in sums.items()}
+        return {name: sums[name] / self._n for name in ("loss", *self._task.names)}
 
     def _batches(self, number: int) -> Iterator[np.ndarray | None]:
         """The indices of each batch; None for the whole data as it is."""
@@ -302,7 +307,9 @@ class _Run:
             x, y = _take(self._x, batch), _take(self._y, batch)
             place = first_nonfinite(self._task.net, self._task.loss, params, x, y, key)
             place = place or "the optimizer's update: the gradient is finite"
-            what = f"the loss became {loss}" if not math.isfinite(loss) else "the update is not finite"
+            what = (
+                f"the loss became {loss}" if not math.isfinite(loss) else "the update is not finite"
+            )
             raise NonFiniteError(
                 f"{what} at step {self._step}; it began in {place}. The parameters before that "
                 "step are in this error's .params. Often the learning rate is too high",
@@ -382,9 +389,11 @@ def evaluate(
     sums: dict[str, float] = {}
     for start in range(0, n, _EVALUATE_AT_ONCE):
         part = jax.tree.map(lambda leaf, s=start: leaf[s : s + _EVALUATE_AT_ONCE], (x, y))
-        for name, total in _evaluate(net, loss, tuple((metrics or {}).items()), params, *part).items():
+        for name, total in _evaluate(
+            net, loss, tuple((metrics or {}).items()), params, *part
+        ).items():
             sums[name] = sums.get(name, 0.0) + float(total)
-    return {name: total / n for name, total in sums.items()}
+    return {name: sums[name] / n for name in ("loss", *(metrics or {}))}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

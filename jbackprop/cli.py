@@ -1,0 +1,358 @@
+"""The command line: jbackprop demo, train, check and bench."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import jbackprop
+from jbackprop import bench, catalogue, check, datasets, layers, losses, metrics
+from jbackprop.compose import mlp
+from jbackprop.summary import summary
+from jbackprop.sweep import Node, walk
+from jbackprop.table import render
+from jbackprop.train import EarlyStopping, evaluate, fit
+
+ACTIVATIONS: dict[str, Callable[[], Node]] = {
+    cls.__name__.lower(): cls
+    for cls in (
+        layers.Celu, layers.Elu, layers.Gelu, layers.HardTanh, layers.Identity, layers.LeakyRelu,
+        layers.Mish, layers.Relu, layers.Selu, layers.Sigmoid, layers.Silu, layers.Softplus,
+        layers.Softsign, layers.Tanh,
+    )
+}  # fmt: skip
+LOSSES = {
+    "softmax": losses.SoftmaxCrossEntropy(),
+    "sigmoid": losses.SigmoidCrossEntropy(),
+    "squared": losses.SquaredError(),
+    "huber": losses.Huber(),
+    "poisson": losses.PoissonNLL(),
+}
+OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+    "rmsprop": optax.rmsprop,
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 where something is wrong, 2 for usage."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (ValueError, TypeError, FloatingPointError, OSError, ImportError) as error:
+        notes = "".join(
+            f"\n  {note}" for note in getattr(error, "__notes__", ()) if "JAX" not in note
+        )
+        print(f"jbackprop {args.command}: {error}{notes}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jbackprop",
+        description="Backpropagation with the lid off: hand-derived delta rules for JAX.",
+    )
+    parser.add_argument("--version", action="version", version=f"jbackprop {jbackprop.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="learn handwritten digits, with the proof beside it",
+        description="Train on the digits that scikit-learn ships; print the agreement with "
+        "jax.grad, the accuracy, the deltas, and time and memory; save a picture.",
+    )
+    demo.add_argument("--epochs", type=_positive, default=40, help="default: %(default)s")
+    demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    demo.add_argument("--output", type=Path, default=Path("output"), help="default: %(default)s/")
+    demo.add_argument("--quick", action="store_true", help="measure time for a moment only")
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser(
+        "train",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="train a multilayer perceptron on a table",
+        description="Train a multilayer perceptron by the delta rule on a table of numbers.",
+        epilog="examples:\n"
+        "  jbackprop train iris\n"
+        "  jbackprop train digits --hidden 128,64 --activation relu --epochs 30\n"
+        "  jbackprop train measurements.csv --target yield --loss huber --patience 20\n"
+        "  jbackprop train arrays.npz --save model.npz --json\n\n"
+        "what --save writes: the weights by path (layers[0].w, ...), and 'config', a JSON text\n"
+        "with the sizes, activation, loss, classes, and the mean and scale of the features.",
+    )
+    train.add_argument(
+        "data",
+        help="a .csv file (features and one target column), an .npz file (arrays x and y), or one "
+        f"of scikit-learn's: {', '.join(datasets.SHIPPED)}",
+    )
+    train.add_argument("--target", help="CSV: the target's column, by name or number; the last")
+    train.add_argument(
+        "--hidden", type=_sizes, default=(64,), help="widths of hidden layers, such as 128,64; "
+        "'none' for no hidden layer; default: 64",
+    )  # fmt: skip
+    train.add_argument(
+        "--activation", choices=sorted(ACTIVATIONS), default="tanh", metavar="NAME",
+        help=f"of the hidden units: {', '.join(sorted(ACTIVATIONS))}; default: tanh",
+    )  # fmt: skip
+    train.add_argument(
+        "--loss", choices=sorted(LOSSES),
+        help="default: softmax for classes, squared for real targets",
+    )  # fmt: skip
+    train.add_argument(
+        "--optimizer", choices=sorted(OPTIMIZERS), default="adam", help="default: adam"
+    )
+    train.add_argument("--learning-rate", type=_rate, default=1e-3, help="default: %(default)s")
+    train.add_argument("--epochs", type=_positive, default=50, help="default: %(default)s")
+    train.add_argument(
+        "--batch-size", type=_batch, default=32,
+        help="examples in a mini-batch, or 'all' for batch gradient descent; default: 32",
+    )  # fmt: skip
+    train.add_argument(
+        "--patience", type=_positive,
+        help="stop after so many epochs without a better validation loss, and keep the best",
+    )  # fmt: skip
+    train.add_argument(
+        "--shares", type=_shares, default=(0.1, 0.2), metavar="V,T",
+        help="shares of the rows to validate and to test on; default: 0.1,0.2",
+    )  # fmt: skip
+    train.add_argument(
+        "--raw", action="store_true", help="standardise neither features nor targets"
+    )
+    train.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    train.add_argument("--save", type=Path, metavar="FILE.npz", help="where to save the network")
+    train.add_argument("--quiet", action="store_true", help="no progress")
+    train.set_defaults(run=_train)
+
+    checks = commands.add_parser(
+        "check",
+        help="prove every rule against jax.grad",
+        description="Compare every delta and gradient of every layer and loss with jax.grad in "
+        "float64. The exit status is 1 if one is wrong.",
+    )
+    checks.add_argument("--only", metavar="TEXT", default="", help="rules whose name contains TEXT")
+    checks.set_defaults(run=_check)
+
+    benches = commands.add_parser(
+        "bench",
+        help="manual against automatic gradients",
+        description="Time, temporary memory and trace time of the hand-derived gradient over those "
+        "of jax.value_and_grad of the same network in plain JAX, from interleaved runs.",
+    )
+    benches.add_argument("--only", metavar="TEXT", default="", help="workloads that contain TEXT")
+    benches.add_argument(
+        "--seconds", type=_rate, default=10.0, help="for each workload; default: %(default)s"
+    )
+    benches.set_defaults(run=_bench)
+    for command in (demo, train, checks, benches):
+        command.add_argument("--json", action="store_true", help="print JSON on standard output")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive, not {text}")
+    return value
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return () if text == "none" else tuple(_positive(part) for part in text.split(","))
+
+
+def _batch(text: str) -> int | None:
+    return None if text == "all" else _positive(text)
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    values = tuple(float(part) for part in text.split(","))
+    if len(values) != 2 or not all(0 < v < 1 for v in values) or sum(values) >= 1:
+        raise argparse.ArgumentTypeError("must be two shares, such as 0.1,0.2")
+    return values
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=True))
+
+
+def _say(args: argparse.Namespace) -> Callable[..., None]:
+    """print, or with --json nothing: standard output is then for the program that reads it."""
+    return (lambda *_, **__: None) if args.json else print
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from jbackprop import demo
+
+    found = demo.run(args.epochs, args.seed, args.output, _say(args), args.quick)
+    if args.json:
+        _print_json(found)
+    return 0 if found["ok"] else 1
+
+
+def _train(args: argparse.Namespace) -> int:
+    say = _say(args)
+    if args.save and args.save.suffix != ".npz":
+        raise ValueError(f"--save {args.save}: the name must end in .npz")
+    if args.save and not args.save.parent.is_dir():
+        raise FileNotFoundError(f"--save {args.save}: there is no folder {args.save.parent}")
+    data = datasets.load(args.data, args.target)
+    loss = LOSSES[args.loss or ("softmax" if data.classes else "squared")]
+    y, outputs = _targets(data, loss)
+    parts = datasets.split(len(data.x), args.shares, args.seed)
+    if min(map(len, parts)) == 0:
+        raise ValueError(f"{data.name}: {len(data.x)} rows are too few for shares {args.shares}")
+    mean, scale = np.zeros(data.x.shape[1]), np.ones(data.x.shape[1])
+    if not args.raw:
+        mean, scale = data.x[parts[0]].mean(0), data.x[parts[0]].std(0)
+        scale = np.where(scale == 0, 1, scale)
+    x = ((data.x - mean) / scale).astype(np.float32)
+    y_mean, y_scale = 0.0, 1.0
+    if isinstance(loss, losses.SquaredError | losses.Huber) and not args.raw:
+        y_mean, y_scale = float(y[parts[0]].mean()), float(y[parts[0]].std()) or 1.0
+        y = ((y - y_mean) / y_scale).astype(np.float32)
+    train, validation, test = ((x[i], y[i]) for i in parts)
+    sizes = (x.shape[1], *args.hidden, outputs)
+    net = mlp(sizes, ACTIVATIONS[args.activation]())
+    say(f"{data.name}: {len(x)} rows, {x.shape[1]} features, ", end="")
+    say(f"{len(data.classes)} classes\n" if data.classes else f"{y.shape[1]} real targets\n")
+    say(summary(net, x.shape[1:]))
+    if y_scale != 1:
+        say(f"\nthe targets are standardised: the loss is in units of {y_scale:.4g} squared, the ")
+        say("absolute error in their own")
+    measures = _metrics(loss, y_scale)
+    start = time.perf_counter()
+    learnt = fit(
+        net,
+        loss,
+        net.init(jax.random.key(args.seed)),
+        train,
+        OPTIMIZERS[args.optimizer](args.learning_rate),
+        epochs=args.epochs,
+        batch_size=None if args.batch_size is None else min(args.batch_size, len(train[0])),
+        key=jax.random.key(args.seed + 1),
+        validation=validation,
+        metrics=measures,
+        early_stopping=EarlyStopping(args.patience) if args.patience else None,
+        progress=False if args.quiet else None,
+    )
+    seconds = time.perf_counter() - start
+    found = {
+        name: evaluate(net, loss, learnt.params, part, measures)
+        for name, part in (("training", train), ("validation", validation), ("test", test))
+    }
+    columns = ("", *(f">{name}" for name in found["test"]))
+    rows = [(name, *(f"{v:.4g}" for v in values.values())) for name, values in found.items()]
+    say(f"\n{loss}, {len(learnt.history['loss'])} epochs ({learnt.stopped}) in {seconds:.1f} s\n")
+    say(render(columns, rows))
+    if args.save:
+        config = {
+            "format": 1, "sizes": sizes, "activation": args.activation,
+            "loss": args.loss or ("softmax" if data.classes else "squared"),
+            "classes": data.classes, "mean": mean.tolist(), "scale": scale.tolist(),
+            "target_mean": y_mean, "target_scale": y_scale,
+        }  # fmt: skip
+        arrays: dict[str, Any] = {
+            f"{path}.{name}": np.asarray(w)
+            for path, _, own in walk(net, learnt.params)
+            if own
+            for name, w in own.items()
+        }
+        np.savez(args.save, config=np.array(json.dumps(config)), **arrays)
+        say(f"\nsaved in {args.save}")
+    if args.json:
+        _print_json(
+            found
+            | {"epochs": len(learnt.history["loss"]), "stopped": learnt.stopped,
+               "best_epoch": learnt.best_epoch, "seconds": seconds, "history": learnt.history}
+        )  # fmt: skip
+    return 0
+
+
+def _targets(data: datasets.Dataset, loss: losses.Loss) -> tuple[np.ndarray, int]:
+    """Targets as the loss wants them, and how many outputs that needs."""
+    if isinstance(loss, losses.SoftmaxCrossEntropy):
+        if not data.classes:
+            raise ValueError(f"{data.name} has real targets: --loss softmax needs classes")
+        return data.y, len(data.classes)
+    if isinstance(loss, losses.SigmoidCrossEntropy) and len(data.classes) != 2:
+        raise ValueError(
+            f"{data.name} has {len(data.classes) or 'no'} classes: --loss sigmoid needs two"
+        )
+    y = data.y.reshape(len(data.y), -1).astype(np.float32)
+    return y, y.shape[1]
+
+
+def _metrics(loss: losses.Loss, scale: float) -> dict[str, Any]:
+    if isinstance(loss, losses.SoftmaxCrossEntropy):
+        return {"accuracy": metrics.accuracy}
+    if isinstance(loss, losses.SigmoidCrossEntropy):
+        return {"accuracy": metrics.binary_accuracy}
+    if isinstance(loss, losses.PoissonNLL):
+        return {}
+    return {"absolute_error": lambda outputs, y: scale * metrics.absolute_error(outputs, y)}
+
+
+def _matching(only: str, names: Sequence[str], what: str) -> list[int]:
+    chosen = [i for i, name in enumerate(names) if only.lower() in name.lower()]
+    if not chosen:
+        raise ValueError(f"--only {only}: no {what} contains that; there are {'; '.join(names)}")
+    return chosen
+
+
+def _check(args: argparse.Namespace) -> int:
+    cases = catalogue.cases()
+    rows, found = [], []
+    for i in _matching(args.only, [case.name for case in cases], "rule"):
+        case = cases[i]
+        verdicts = {
+            dtype: check.network(case.net, case.loss, case.params, case.x, case.y, dtype)
+            for dtype in ("float64", "float32")
+        }
+        ok = all(verdict.ok for verdict in verdicts.values())
+        worst = {dtype: verdict.worst for dtype, verdict in verdicts.items()}
+        found.append({"rule": case.name, "ok": ok, "worst_relative_error": worst})
+        rows.append((case.name, *(f"{e:.1e}" for e in worst.values()), "right" if ok else "WRONG"))
+    wrong = sum(not row["ok"] for row in found)
+    if args.json:
+        _print_json({"ok": not wrong, "rules": found})
+    else:
+        print("Worst relative error of all deltas and gradients, against jax.grad in float64\n")
+        print(render(("rule", ">in float64", ">in float32", "verdict"), rows))
+        print(f"\n{len(found) - wrong} of {len(found)} rules are right")
+    return 1 if wrong else 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    names = [load.name for load in bench.WORKLOADS]
+    loads = [bench.WORKLOADS[i] for i in _matching(args.only, names, "workload")]
+    results = []
+    for load in loads:
+        results.append(bench.measure(load, seconds=args.seconds))
+        if not args.json and sys.stderr.isatty():
+            print(f"{len(results)} of {len(loads)}: {load.name}", file=sys.stderr)
+    if args.json:
+        machine = {"device": str(jax.devices()[0]), "jax": jax.__version__}
+        _print_json(machine | {"results": [dataclasses.asdict(r) for r in results]})
+    else:
+        print(f"Manual over automatic on {jax.devices()[0]}, JAX {jax.__version__}\n")
+        print(bench.table(results))
+    return 0
