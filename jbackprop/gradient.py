@@ -113,7 +113,6 @@ def sweep(
 
     They are one number for all examples, or (B,).
     """
-    _check_call(net, loss, x, y)
     outputs, saved = forward(net, params, x, key)
     losses, delta = loss.value_and_delta(outputs, y)
     if isinstance(output_weights, float):
@@ -127,7 +126,8 @@ def sweep(
     return Swept(losses, outputs, delta_x, collected)
 
 
-def _check_call(net: Any, loss: Any, x: Any, y: Any) -> None:
+def check_call(net: Any, loss: Any, x: Any, y: Any) -> None:
+    """Raise where a network, a loss and a mini-batch cannot belong together."""
     if not isinstance(net, Node):
         raise TypeError(f"net must be a layer or a composite of layers, not {net!r}")
     if not isinstance(loss, Loss):
@@ -184,6 +184,7 @@ def backprop(
             layer. Values of targets are checked where they can be seen, that is outside jit.
         TypeError: integers where floating-point numbers are due, or the other way round.
     """
+    check_call(net, loss, x, y)
     bp = _backprop(net, loss, params, x, y, transport, key)
     loss.check(jnp.shape(bp.outputs), y)
     return bp
@@ -252,8 +253,8 @@ def value_and_grad(net: Node, loss: Loss) -> Callable[..., tuple[Array, PyTree]]
     Returns:
         A function (params, x, y, weights=None, key=None) -> (value, grads), where value is
         sum_n weights_n C_n, a scalar of float32 at least, and grads are its gradient, in the
-        shapes and dtypes of params. The weights (B,) default to 1/B: the mean. An example of
-        weight 0 is not there, even if it holds NaN. It raises as `backprop` does.
+        shapes and dtypes of params. The weights (B,) default to 1/B: the mean; ones give the sum.
+        An example of weight 0 is not there, even if it holds NaN. It raises as `backprop` does.
     """
 
     def call(
@@ -275,6 +276,7 @@ def value_grad_outputs(
     key: Array | None = None,
 ) -> tuple[Array, PyTree, Any]:
     """As `value_and_grad` has it, with the network's outputs as third."""
+    check_call(net, loss, x, y)
     value, grads, outputs = _value_grad_outputs(net, loss, params, x, y, weights, key)
     loss.check(jnp.shape(outputs), y)
     return value, grads, outputs
@@ -335,8 +337,9 @@ def as_function(net: Node) -> Callable[[PyTree, Any], Any]:
         net: a layer or a composite.
 
     Returns:
-        A function (params, x) -> outputs with a `jax.custom_vjp`, for mini-batches x (B, ...).
-        The same one for equal networks.
+        A function (params, x) -> outputs with a `jax.custom_vjp`, for mini-batches x (B, ...):
+        beside layers that take one example, such as Equinox's, those go under `jax.vmap`. The same
+        function for equal networks. Like every `custom_vjp` it has no forward mode.
     """
 
     @jax.custom_vjp

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbackprop.factored import PyTree, is_factored
-from jbackprop.gradient import sweep
+from jbackprop.gradient import check_call, sweep
 from jbackprop.losses import Loss
 from jbackprop.observe import tapped
 from jbackprop.sweep import Node, forward, rebuild, walk
@@ -107,8 +107,9 @@ def network(net: Node, loss: Loss, params: PyTree, x: Any, y: Any, dtype: Any = 
         An `Agreement`: for each layer, from the output back, the delta (of every example's own
         cost) and then its parameters' gradients (of the summed cost).
     """
+    check_call(net, loss, x, y)
     params, x, y = jax.tree.map(np.asarray, (params, x, y))
-    dtype = jnp.dtype(dtype or jnp.result_type(*jax.tree.leaves(params), jnp.bfloat16))
+    dtype = jnp.dtype(dtype or jnp.result_type(*(jax.tree.leaves(params) or jax.tree.leaves(x))))
     params, x, y = (_cast(tree, dtype) for tree in (params, x, y))
     with x64():
         ours = _to64(_by_rule(net, loss, *_device((params, x, y))))

@@ -8,6 +8,7 @@ import itertools
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.factored import wide_dtype
 from jbackprop.gradient import Backprop, deltas
 from jbackprop.table import render
 
@@ -50,4 +51,9 @@ def delta_norms(bp: Backprop) -> DeltaFlow:
 
 
 def _norm(delta: Array) -> Array:
-    return jnp.linalg.norm(delta.reshape(delta.shape[0], -1).astype("float32"), axis=1)
+    """|delta_n|, of entries divided by the largest first: squares of vanishing ones underflow."""
+    flat = delta.reshape(delta.shape[0], -1)
+    flat = flat.astype(wide_dtype(flat.dtype))
+    largest = jnp.max(jnp.abs(flat), axis=1, keepdims=True)
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return scale[:, 0] * jnp.linalg.norm(flat / scale, axis=1)

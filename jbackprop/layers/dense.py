@@ -17,6 +17,13 @@ from jbackprop.sweep import Layer, Trace
 Init = Callable[[Array, tuple[int, ...], Any], Array]
 """An initialiser (key, shape, dtype) -> array, as in `jax.nn.initializers`."""
 
+_glorot = initializers.glorot_uniform()
+
+
+def glorot_uniform(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Glorot and Bengio (2010), equation 16, as a function that pickles."""
+    return _glorot(key, shape, dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Layer):
@@ -55,7 +62,7 @@ class Dense(Layer):
     p: int
     q: int
     bias: bool = True
-    w_init: Init = initializers.glorot_uniform()  # noqa: RUF009
+    w_init: Init = glorot_uniform
     b_init: Init = initializers.zeros
 
     reads = ("x",)

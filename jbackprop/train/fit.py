@@ -181,6 +181,8 @@ def fit(
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(f"optimizer must be one of Optax's, such as optax.adam(1e-3): {optimizer}")
     names = tuple((metrics or {}).items())
+    if "loss" in dict(names):
+        raise ValueError("a metric cannot be called 'loss': in the history the loss has that name")
     task = _Task(net, loss, optax.with_extra_args_support(optimizer), names)
     run = _Run(task, params, x, y, size, key)
     keeper = _Keeper(early_stopping, params)

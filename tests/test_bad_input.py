@@ -1,0 +1,189 @@
+"""Bad input: each with a message of its own that names the place and the fix."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jbackprop as jb
+
+NET = jb.mlp([4, 5, 3])
+LOSS = jb.SoftmaxCrossEntropy()
+PARAMS = NET.init(jax.random.key(0))
+X, Y = jnp.ones((6, 4)), jnp.zeros(6, int)
+OTHER = jb.mlp([4, 6, 3]).init(jax.random.key(0))
+
+
+def backprop(net=NET, loss=LOSS, params=PARAMS, x=X, y=Y, **options):
+    return jb.backprop(net, loss, params, x, y, **options)
+
+
+def fit(net=NET, loss=LOSS, params=PARAMS, x=X, y=Y, optimizer=None, **options):
+    options = {"epochs": 1, "key": jax.random.key(0), "progress": False} | options
+    return jb.fit(net, loss, params, (x, y), optimizer or optax.sgd(0.1), **options)
+
+
+def mismatched():
+    net = jb.Sequential(jb.Dense(4, 5), jb.Tanh(), jb.Dense(6, 3))
+    return net, net.init(jax.random.key(0))
+
+
+CASES = {
+    "feature count": (
+        lambda: backprop(x=jnp.ones((6, 7))), ValueError,
+        r"Dense\(4, 5\) needs 4 features on the last axis.*\(7,\)", "layers[0]: Dense(4, 5)",
+    ),
+    "an image": (
+        lambda: backprop(x=jnp.ones((6, 2, 2))), ValueError,
+        r"flatten each example first: x.reshape\(len\(x\), -1\)", "layers[0]",
+    ),
+    "rank: one example without a batch axis": (
+        lambda: backprop(x=jnp.ones(4), y=jnp.zeros(4, int)), ValueError, r"batch axis: x\[None\]", "layers[0]",
+    ),
+    "rank: a scalar": (lambda: backprop(x=jnp.ones(())), ValueError, "need a batch axis", None),
+    "integers": (
+        lambda: backprop(x=jnp.ones((6, 4), int)), TypeError, r"floating-point inputs, not int", "layers[0]",
+    ),
+    "integers into an activation": (
+        lambda: backprop(net=jb.Tanh(), params=(), x=jnp.ones((6, 4), int)), TypeError,
+        "floating-point inputs, not int", None,
+    ),
+    "labels out of range": (lambda: backprop(y=Y.at[4].set(3)), ValueError, r"y\[4\] is 3; 1 of 6", None),
+    "labels that are floats": (
+        lambda: backprop(y=jnp.zeros(6)), TypeError, r"y.astype\('int32'\)", None,
+    ),
+    "targets of another shape": (
+        lambda: backprop(y=jnp.zeros((6, 2))), ValueError, r"\(6, 2\), but outputs \(6, 3\)", None,
+    ),
+    "another number of targets": (
+        lambda: backprop(y=Y[:5]), ValueError, "x has 6 examples, but the targets y have 5", None,
+    ),
+    "empty network": (lambda: jb.Sequential(), ValueError, "at least one layer", None),
+    "a class instead of a layer": (
+        lambda: jb.Sequential(jb.Dense(4, 5), jb.Tanh), TypeError, r"layers\[1\].*add \(\)", None,
+    ),
+    "a function instead of a layer": (
+        lambda: jb.Sequential(jnp.tanh), TypeError, "which is no layer", None,
+    ),
+    "mismatched sizes": (
+        lambda: backprop(*(lambda n, p: (n, LOSS, p))(*mismatched())), ValueError,
+        r"Dense\(6, 3\) needs 6 features.*\(5,\)", "layers[2]: Dense(6, 3)",
+    ),
+    "mismatched sizes in a summary": (
+        lambda: jb.summary(mismatched()[0], (4,)), ValueError, "needs 6 features", "layers[2]",
+    ),
+    "params of another network": (
+        lambda: backprop(params=OTHER), ValueError,
+        r"not the parameters of Dense\(4, 5\).*\(4, 6\)", "layers[0]",
+    ),
+    "params of a shorter network": (
+        lambda: backprop(params=PARAMS[:1]), ValueError, "needs a tuple of 3, not a tuple of 1", None,
+    ),
+    "params that are no tuple": (
+        lambda: backprop(params=PARAMS[0]), ValueError, "needs a tuple of 3, not a dict", None,
+    ),
+    "params for a layer without": (
+        lambda: backprop(params=(PARAMS[0], PARAMS[0], PARAMS[2])), ValueError,
+        r"Tanh\(\) has no parameters", "layers[1]",
+    ),
+    "a bias too many": (
+        lambda: backprop(net=jb.Dense(4, 3, bias=False), params={"w": jnp.ones((4, 3)), "b": jnp.ones(3)}),
+        ValueError, "not the parameters of Dense", None,
+    ),
+    "transport of another shape": (
+        lambda: backprop(transport=OTHER), ValueError, "transport must have the shapes", "layers[2]",
+    ),
+    "transport through a rule that has none": (
+        lambda: backprop(
+            net=jb.Autodiff(lambda p, x: x * p, lambda key: jnp.ones(4)), params=jnp.ones(4),
+            loss=jb.SquaredError(), y=X, transport=jnp.ones(4),
+        ), ValueError, "takes no transport", None,
+    ),
+    "weights of another shape": (
+        lambda: jb.gradient(backprop(), jnp.ones(5)), ValueError, r"shape \(6,\), not \(5,\)", None,
+    ),
+    "weights of another shape in value_and_grad": (
+        lambda: jb.value_and_grad(NET, LOSS)(PARAMS, X, Y, jnp.ones((6, 1))), ValueError,
+        r"shape \(6,\), not \(6, 1\)", None,
+    ),
+    "a loss that is a class": (
+        lambda: backprop(loss=jb.SquaredError), TypeError, r"make an instance: add \(\)", None,
+    ),
+    "a net that is params": (lambda: backprop(net=PARAMS), TypeError, "net must be a layer", None),
+    "one size": (lambda: jb.mlp([4]), ValueError, "at least two sizes", None),
+    "activations that are too few": (
+        lambda: jb.mlp([4, 5, 6, 3], [jb.Tanh()]), ValueError, "2 hidden layers but 1 activations", None,
+    ),
+    "a size of 0": (lambda: jb.Dense(0, 3), ValueError, "p must be an int of at least 1", None),
+    "a size that is no int": (lambda: jb.Dense(4, 2.5), ValueError, "q must be an int", None),
+    "a negative slope": (lambda: jb.LeakyRelu(-0.1), ValueError, "alpha must not be negative", None),
+    "celu of 0": (lambda: jb.Celu(0.0), ValueError, "must be positive", None),
+    "a derivative of another shape": (
+        lambda: backprop(net=jb.Activation(jnp.tanh, lambda z: jnp.ones(())), params=(),
+                         loss=jb.SquaredError(), y=X),
+        ValueError, "must be f' of every unit", None,
+    ),
+    "softmax of a number": (
+        lambda: jb.forward(jb.Softmax(), (), jnp.ones(3)), ValueError, "needs an axis of classes", None,
+    ),
+    "NaN in the data": (
+        lambda: fit(x=X.at[2, 1].set(jnp.nan)), ValueError, r"data: x\[2, 1\] is nan; 1 of 24", None,
+    ),
+    "infinite targets": (
+        lambda: fit(loss=jb.SquaredError(), y=jnp.full((6, 3), jnp.inf)), ValueError, r"y\[0, 0\] is inf", None,
+    ),
+    "NaN in the validation data": (
+        lambda: fit(validation=(X * jnp.nan, Y)), ValueError, r"validation: x\[0, 0\] is nan", None,
+    ),
+    "words": (lambda: fit(x=np.full((6, 4), "a")), TypeError, "which is no number", None),
+    "labels out of range in fit": (lambda: fit(y=Y.at[5].set(7)), ValueError, r"y\[5\] is 7", None),
+    "labels out of range in validation": (
+        lambda: fit(validation=(X, Y - 1)), ValueError, r"y\[0\] is -1", None,
+    ),
+    "feature count in fit": (lambda: fit(x=X[:, :3]), ValueError, "needs 4 features", "layers[0]"),
+    "sizes of x and y": (lambda: fit(y=Y[:4]), ValueError, "data: x has 6 examples, but y has 4", None),
+    "no data": (lambda: fit(x=X[:0], y=Y[:0]), ValueError, "data is empty", None),
+    "data that is no pair": (
+        lambda: jb.fit(NET, LOSS, PARAMS, X, optax.sgd(0.1), epochs=1, key=jax.random.key(0)),
+        TypeError, r"a pair \(x, y\)", None,
+    ),
+    "batch size 0": (lambda: fit(batch_size=0), ValueError, "batch_size must be at least 1", None),
+    "batch size above n": (lambda: fit(batch_size=7), ValueError, "only 6 training examples", None),
+    "no epochs": (lambda: fit(epochs=0), ValueError, "epochs must be an int of at least 1", None),
+    "no optimizer": (lambda: fit(optimizer=0.1), TypeError, "one of Optax's", None),
+    "unknown option": (lambda: fit(lr=0.1), TypeError, "unexpected keyword argument 'lr'", None),
+    "early stopping on what is not there": (
+        lambda: fit(early_stopping=jb.EarlyStopping()), ValueError, "give validation data", None,
+    ),
+    "patience 0": (lambda: jb.EarlyStopping(patience=0), ValueError, "at least 1", None),
+    "a metric that is a number": (
+        lambda: fit(metrics={"a": lambda z, y: jnp.mean(z)}), ValueError, "one number for each example", None,
+    ),
+    "a metric called loss": (
+        lambda: fit(metrics={"loss": jb.metrics.accuracy}), ValueError, "the loss has that name", None,
+    ),
+    "threshold 0": (
+        lambda: jb.diagnose.saturation(NET, PARAMS, X, threshold=0.0), ValueError, "must be positive", None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_message(name):
+    call, error, message, place = CASES[name]
+    with pytest.raises(error, match=message) as caught:
+        call()
+    if place is not None:
+        assert any(place in note for note in caught.value.__notes__), caught.value.__notes__
+
+
+@pytest.mark.parametrize("name", ["feature count", "params of another network", "integers"])
+def test_the_same_under_jit(name):
+    call, error, message, _ = CASES[name]
+    with pytest.raises(error, match=message):
+        jax.jit(call)()
+
+
+def test_messages_are_all_different():
+    assert len({message for _, _, message, _ in CASES.values()}) > 40

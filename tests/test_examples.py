@@ -1,0 +1,175 @@
+"""The examples run, at a small size, and show what they say they show."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jbackprop as jb
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TESTED = {
+    "worked_example",
+    "regression",
+    "three_modes",
+    "vanishing_deltas",
+    "symmetry",
+    "inside_equinox",
+}
+
+
+DEFAULTS = {
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+}
+
+
+@pytest.fixture(autouse=True)
+def jax_as_it_comes() -> Iterator[None]:
+    """A user runs the examples without the tests' strict configuration, which Adam fails under."""
+    strict = {name: getattr(jax.config, name) for name in DEFAULTS}
+    for name, value in DEFAULTS.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in strict.items():
+        jax.config.update(name, value)
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_example_is_tested_here() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == TESTED
+
+
+def test_worked_example_shows_the_published_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    found = example("worked_example").main()
+    published = {
+        "a3": [0.6718],
+        "delta3": [-0.3282],
+        "delta2": [-0.0632, -0.0315],
+        "delta1": [-0.0087, -0.0084],
+        "new a3": [0.6981],
+    }
+    for name, values in published.items():
+        np.testing.assert_array_equal(np.round(found[name].astype("float64"), 4), values)
+    assert found["difference"] < 1e-6
+    assert "Output 0.6718 -> 0.6981" in capsys.readouterr().out
+
+
+def test_worked_example_steps_by_alpha() -> None:
+    module = example("worked_example")
+    still, there = module.main(alpha=0.0), module.main(alpha=1.0)
+    assert still["new a3"] == still["a3"]
+    np.testing.assert_allclose(there["new w3"], module.w3 - there["dw3"], rtol=1e-6)
+
+
+def test_regression() -> None:
+    found = example("regression").main(epochs=80)
+    assert found["output_delta"] == 0
+    assert found["hidden_delta"] < 1e-6
+    for data in (found["diabetes"], found["saddle"]):
+        assert data["after"] < data["before"]
+    assert found["diabetes"]["after"] < 1.1 * found["diabetes"]["least_squares"]
+    assert found["saddle"]["after"] < 0.4 * found["saddle"]["least_squares"]
+
+
+def test_three_modes(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "modes.png"
+    found = example("three_modes").main(epochs=2, examples=330, output=path)
+    assert {mode: row["steps"] for mode, row in found.items()} == {
+        "batch": 2,
+        "mini-batch": 2 * 11,
+        "stochastic": 2 * 330,
+    }
+    assert found["batch"]["loss"] > found["mini-batch"]["loss"] > found["stochastic"]["loss"]
+    assert found["stochastic"]["accuracy"] > 0.7 > found["batch"]["accuracy"]
+    assert is_png(path)
+
+
+def test_vanishing_deltas(tmp_path: Path) -> None:
+    module, path = example("vanishing_deltas"), tmp_path / "new" / "deltas.png"
+    ratios = module.main(depths=(2, 12), examples=64, output=path)
+    assert 0.2 < ratios["sigmoid"][12] ** (1 / 11) < 0.28
+    assert 0.3 < ratios["relu"][12] < 3
+    assert is_png(path)
+
+
+def test_vanishing_deltas_are_those_of_autodiff(tmp_path: Path) -> None:
+    module = example("vanishing_deltas")
+    ratios = module.main(depths=(6,), width=8, examples=16, output=tmp_path / "deltas.png")
+    net = module.network(6, 8, *module.KINDS["sigmoid"])
+    params = net.init(jax.random.key(6))
+    x, y = module.load_digits(return_X_y=True)
+    x, y = (x[:16] / 16).astype("float32"), y[:16]
+
+    def costs(biases: Any, x_n: Any, y_n: Any) -> Any:  # a delta is the gradient of a bias
+        shifted = [p | {"b": b} if p else p for p, b in zip(params, biases, strict=True)]
+        z, _ = jb.sweep.forward(net, tuple(shifted), x_n[None])
+        return jb.SoftmaxCrossEntropy().value(z, y_n[None])[0]
+
+    biases = [p["b"] if p else None for p in params]
+    deltas = jax.vmap(jax.grad(costs), in_axes=(None, 0, 0))(biases, x, y)
+    first, last = (np.mean(np.linalg.norm(d, axis=1)) for d in (deltas[0], deltas[-1]))
+    assert ratios["sigmoid"][6] == pytest.approx(first / last, rel=1e-4)
+
+
+def test_symmetry(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "symmetry.png"
+    found = example("symmetry").main(starts=10, output=path)
+    assert found["solved"][0.04] >= 8
+    assert found["solved"][0.1] < found["solved"][0.04]
+    assert sum(found["kinds"].values()) == found["solved"][0.04]
+    assert np.max(found["asymmetry"]) < 0.01
+    w = found["w"]
+    np.testing.assert_allclose(w, -w[::-1], atol=0.01 * np.abs(w).max())
+    np.testing.assert_allclose(w[:, 0], -w[:, 1], atol=0.05 * np.abs(w).max())
+    np.testing.assert_allclose(found["ratios"], [[1, 1], [2, 2], [4, 4]], rtol=0.05)
+    assert is_png(path)
+
+
+def test_symmetry_says_so_when_no_start_succeeds(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"no start has found 1 : 2 : 4 with eps = 0\.04"):
+        example("symmetry").main(starts=2, sweeps=3, output=tmp_path / "symmetry.png")
+
+
+def test_inside_equinox() -> None:
+    found = example("inside_equinox").main(width=16, steps=100)
+    assert found["rule_ok"]
+    assert found["rule_error"] < 1e-12
+    assert found["difference"] < 1e-5
+    assert found["losses"][-1] < 0.5 * found["losses"][0]
+    assert found["accuracy"] > 0.8
+
+
+def test_inside_equinox_uses_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = example("inside_equinox")
+
+    class Wrong(module.GatedLinear):  # type: ignore[name-defined]
+        def backward(self, params: Any, trace: jb.Trace, delta: Any) -> Any:
+            return super().backward(params, trace, 1.01 * delta)
+
+    monkeypatch.setattr(module, "GatedLinear", Wrong)
+    found = module.main(width=16, steps=1)
+    assert not found["rule_ok"]
+    assert found["difference"] == pytest.approx(0.01, rel=0.01)

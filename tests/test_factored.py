@@ -1,0 +1,182 @@
+"""The kinds, alone: every answer against gradients written out example by example."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from truth import relative
+
+import jbackprop as jb
+
+B = 5
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def outer(g, t, i, o, shape=None, steps=(), seed=0):
+    place = jb.Place(shape or ((i, o) if g == 1 else (g, i, o)), jnp.dtype(float), steps=steps)
+    return jb.Outer(normal(B, g, t, i, seed=seed), normal(B, g, t, o, seed=seed + 1), place)
+
+
+def explicit(pair):
+    """Written out by numpy, in the canonical shape (B, G, ...)."""
+    if isinstance(pair, jb.Outer):
+        return np.einsum("ngti,ngto->ngio", pair.a, pair.delta)
+    if isinstance(pair, jb.Shift):
+        return np.sum(pair.delta, axis=2)
+    return np.asarray(pair.g)
+
+
+def shift(g, t, o, seed=0):
+    place = jb.Place((o,) if g == 1 else (g, o), jnp.dtype(float))
+    return jb.Shift(normal(B, g, t, o, seed=seed), place)
+
+
+def full(*shape):
+    return jb.Full(normal(B, *shape), "a test", jb.Place(shape, jnp.dtype(float)))
+
+
+KINDS = {
+    "outer": outer(1, 1, 3, 4),
+    "outer over positions, gram": outer(1, 2, 9, 8),
+    "outer over positions, written out": outer(1, 20, 3, 2),
+    "outer in groups": outer(3, 1, 2, 4),
+    "outer in groups over positions": outer(3, 4, 6, 5),
+    "outer of width 1": outer(1, 1, 1, 1),
+    "shift": shift(1, 1, 4),
+    "shift over positions": shift(1, 6, 4),
+    "shift in groups": shift(3, 2, 4),
+    "full": full(3, 4),
+    "full scalar": full(),
+}
+
+
+@pytest.mark.parametrize("pair", KINDS.values(), ids=KINDS.keys())
+def test_answers(pair):
+    g = explicit(pair).reshape(B, *pair.place.shape)
+    flat = g.reshape(B, -1)
+    w = np.array([0.5, 0.0, 2.0, -1.0, 3.0])
+    assert relative(pair.each(), g) < 1e-14
+    assert relative(pair.total(), g.sum(0)) < 1e-14
+    assert relative(pair.total(jnp.asarray(w)), np.tensordot(w, g, 1)) < 1e-14
+    assert relative(pair.square_norm(), (flat**2).sum(1)) < 1e-14
+    assert relative(pair.second_moment(), (g**2).sum(0)) < 1e-14
+    assert relative(pair.dot(pair), (flat**2).sum(1)) < 1e-14
+    assert relative(pair.gram(pair), flat @ flat.T) < 1e-13
+
+
+@pytest.mark.parametrize("t", [1, 2, 30])
+@pytest.mark.parametrize("s", [1, 2, 30])
+def test_dot_and_gram_of_two_of_a_kind_with_other_positions(t, s):
+    one, other = outer(1, t, 4, 3), outer(1, s, 4, 3, seed=5)
+    a, b = explicit(one).reshape(B, -1), explicit(other).reshape(B, -1)
+    assert relative(one.dot(other), (a * b).sum(1)) < 1e-13
+    assert relative(one.gram(other), a @ b.T) < 1e-13
+
+
+def test_dot_across_kinds():
+    one, other = outer(1, 2, 4, 3), full(4, 3)
+    a, b = explicit(one).reshape(B, -1), explicit(other).reshape(B, -1)
+    assert relative(one.dot(other), (a * b).sum(1)) < 1e-13
+    assert relative(other.gram(one), b @ a.T) < 1e-13
+
+
+def test_sum_has_its_cross_terms():
+    parts = (outer(1, 1, 4, 3), outer(1, 3, 4, 3, seed=7), full(4, 3))
+    pair = jb.Sum(parts, parts[0].place)
+    g = sum(explicit(p).reshape(B, 4, 3) for p in parts)
+    flat = g.reshape(B, -1)
+    assert relative(pair.each(), g) < 1e-14
+    assert relative(pair.total(), g.sum(0)) < 1e-13
+    assert relative(pair.square_norm(), (flat**2).sum(1)) < 1e-13
+    assert relative(pair.second_moment(), (g**2).sum(0)) < 1e-13
+    assert relative(pair.gram(pair), flat @ flat.T) < 1e-13
+    assert relative(parts[0].dot(pair), (flat * explicit(parts[0]).reshape(B, -1)).sum(1)) < 1e-13
+    naive = sum(p.square_norm() for p in parts)
+    assert relative(naive, (flat**2).sum(1)) > 0.1
+
+
+def test_a_place_leads_back_through_transpose_and_slice():
+    """w (6, 2, 5): its part [1:4] transposed and reshaped is what multiplies."""
+    steps = (("slice", (1, 0, 0), (4, 2, 5)), ("transpose", (2, 0, 1)), ("reshape", (1, 5, 6)))
+    pair = outer(1, 2, 5, 6, shape=(6, 2, 5), steps=steps)
+
+    def cost(w, a, delta):
+        part = jnp.transpose(w[1:4], (2, 0, 1)).reshape(5, 6)
+        return jnp.sum((a[0] @ part) * delta[0])
+
+    w = normal(6, 2, 5)
+    truth = jax.vmap(jax.grad(cost), in_axes=(None, 0, 0))(w, pair.a, pair.delta)
+    assert relative(pair.each(), truth) < 1e-14
+    assert relative(pair.total(), truth.sum(0)) < 1e-14
+    assert relative(pair.second_moment(), (truth**2).sum(0)) < 1e-14
+    assert relative(pair.square_norm(), (truth**2).sum((1, 2, 3))) < 1e-14
+    plain = full(6, 2, 5)
+    expected = (truth * plain.g).sum((1, 2, 3))
+    assert relative(pair.dot(plain), expected) < 1e-13
+
+
+@pytest.mark.parametrize("name", ["outer", "outer over positions, gram", "shift", "full"])
+def test_a_scan_moves_its_depth_into_the_groups(name):
+    pair = KINDS[name]
+    copies = [jax.tree.map(lambda v, k=k: (k + 1) * v, pair) for k in range(3)]
+    stack = jax.tree.map(lambda *v: jnp.stack(v), *copies).stacked()
+    each = jnp.stack([p.each() for p in copies], axis=1)
+    assert stack.place.stack == (3,)
+    assert relative(stack.each(), each) < 1e-14
+    assert relative(stack.total(), each.sum(0)) < 1e-14
+    assert relative(stack.square_norm(), (each.reshape(B, -1) ** 2).sum(1)) < 1e-13
+    again = jax.tree.map(lambda v: jnp.stack([v, v]), stack).stacked()
+    assert again.each().shape == (B, 2, 3, *pair.place.shape)
+
+
+def test_a_scan_stacks_sums_and_steps_too():
+    steps = (("transpose", (1, 0)),)
+    parts = (outer(1, 1, 4, 3, shape=(3, 4), steps=steps), full(3, 4))
+    pair = jb.Sum(parts, parts[0].place)
+    stack = jax.tree.map(lambda v: jnp.stack([v, 2 * v]), pair).stacked()
+    quadratic = jnp.stack([parts[0].each() + parts[1].each(), 4 * parts[0].each() + 2 * parts[1].each()], 1)
+    assert relative(stack.each(), quadratic) < 1e-14
+    assert relative(stack.total(), quadratic.sum(0)) < 1e-14
+
+
+@pytest.mark.parametrize("pair", KINDS.values(), ids=KINDS.keys())
+def test_an_example_of_weight_0_is_not_there_even_if_it_is_nan(pair):
+    bad = jax.tree.map(lambda v: v.at[1].set(jnp.nan).at[2].set(jnp.inf), pair)
+    w = jnp.asarray([1.0, 0.0, 0.0, 2.0, 1.0])
+    assert relative(bad.total(w), pair.total(w)) == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sums_are_kept_in_float32(dtype):
+    """4096 equal terms: in the dtype itself a sum would stop growing long before."""
+    n = 4096
+    place = jb.Place((2, 2), jnp.dtype(dtype))
+    a, delta = jnp.full((n, 1, 1, 2), 1.5, dtype), jnp.full((n, 1, 1, 2), 3.0, dtype)
+    pair = jb.Outer(a, delta, place)
+    assert pair.total().dtype == pair.square_norm().dtype == jnp.float32
+    np.testing.assert_array_equal(pair.total(), np.full((2, 2), 4.5 * n))
+    bias = jb.Shift(delta, jb.Place((2,), jnp.dtype(dtype)))
+    np.testing.assert_array_equal(bias.total(), np.full(2, 3.0 * n))
+    big = jb.Outer(a[:1] * 200, delta[:1] * 100, place)  # its square overflows float16
+    np.testing.assert_allclose(big.square_norm(), [4 * (300.0 * 300) ** 2], rtol=1e-6)
+    np.testing.assert_allclose(big.second_moment(), np.full((2, 2), (300.0 * 300) ** 2), rtol=1e-6)
+
+
+def test_a_kind_without_a_place_says_so():
+    pair = dataclasses.replace(KINDS["outer"], place=None)
+    with pytest.raises(ValueError, match="has no place yet"):
+        pair.total()
+
+
+def test_kinds_are_pytrees_with_static_places():
+    pair = KINDS["outer"]
+    leaves, tree = jax.tree.flatten(pair)
+    assert len(leaves) == 2
+    assert jax.tree.unflatten(tree, leaves).place == pair.place
+    doubled = jax.jit(lambda p: jax.tree.map(lambda v: 2 * v, p))(pair)
+    assert relative(doubled.total(), 4 * pair.total()) < 1e-14

@@ -1,0 +1,42 @@
+"""Truths that the library has no part in, and how the tests compare with them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jbackprop as jb
+
+
+def relative(candidate, truth):
+    """|candidate - truth| / |truth| over all entries; 0 where both are zero."""
+    candidate, truth = (np.asarray(v).astype(np.float64) for v in (candidate, truth))
+    assert candidate.shape == truth.shape, (candidate.shape, truth.shape)
+    error, size = np.linalg.norm(candidate - truth), np.linalg.norm(truth)
+    return error if size == 0 else error / size
+
+
+def assert_close(candidate, truth, tolerance=1e-12):
+    """Every leaf of two trees of one structure."""
+    assert jax.tree.structure(candidate) == jax.tree.structure(truth)
+    paths = jax.tree_util.tree_flatten_with_path(truth)[0]
+    for (path, t), c in zip(paths, jax.tree.leaves(candidate), strict=True):
+        error = relative(c, t)
+        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.2e} > {tolerance:.0e}"
+
+
+def costs(net, loss, params, x, y):
+    """C_n of every example, by the forward sweep and the loss's value alone."""
+    return loss.value(jb.forward(net, params, x)[0], y)
+
+
+def mean_cost(net, loss, params, x, y):
+    return jnp.mean(costs(net, loss, params, x, y))
+
+
+def each_grad(net, loss, params, x, y):
+    """The gradient of every example's cost, by vmap(grad)."""
+
+    def one(params, x, y):
+        return costs(net, loss, params, *jax.tree.map(lambda v: v[None], (x, y)))[0]
+
+    return jax.vmap(jax.grad(one), in_axes=(None, 0, 0))(params, x, y)
