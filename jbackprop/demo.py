@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from jbackprop import bench, check, datasets, diagnose, metrics
 from jbackprop.compose import mlp
 from jbackprop.diagnose.pictures import figure
 from jbackprop.gradient import backprop, predict
-from jbackprop.layers import Tanh
+from jbackprop.layers import Gelu
 from jbackprop.losses import SoftmaxCrossEntropy
 from jbackprop.summary import summary
 from jbackprop.table import render
 from jbackprop.train import Fit, evaluate, fit
 
-SIZES = (64, 128, 64, 10)
+SIZES = (64, 256, 128, 10)
+BATCH = 32
 
 
 def run(epochs: int, seed: int, output: Path, show: Any = print, quick: bool = False) -> dict:
@@ -39,7 +41,7 @@ def run(epochs: int, seed: int, output: Path, show: Any = print, quick: bool = F
     data = datasets.load("digits")
     parts = datasets.split(len(data.x), (0.1, 0.2), seed)
     train, validation, test = ((data.x[i] / 16, data.y[i]) for i in parts)
-    net, loss = mlp(SIZES, Tanh()), SoftmaxCrossEntropy()
+    net, loss = mlp(SIZES, Gelu()), SoftmaxCrossEntropy(label_smoothing=0.1)
     params = net.init(jax.random.key(seed))
     show(f"{len(data.x)} handwritten digits, 8 x 8 pixels: {len(train[0])} to train on, ", end="")
     show(f"{len(validation[0])} to validate, {len(test[0])} to test.\n")
@@ -53,16 +55,17 @@ def run(epochs: int, seed: int, output: Path, show: Any = print, quick: bool = F
     for verdict in agreement.values():
         show(verdict, end="\n\n")
 
-    show("Training: mini-batches of 32, Adam.")
+    show(f"Training: mini-batches of {BATCH}, Adam with a cosine schedule, label smoothing 0.1.")
+    steps = epochs * math.ceil(len(train[0]) / BATCH)
     start = time.perf_counter()
     learnt = fit(
         net,
         loss,
         params,
         train,
-        optax.adam(2e-3),
+        optax.adam(optax.cosine_decay_schedule(3e-3, steps)),
         epochs=epochs,
-        batch_size=32,
+        batch_size=BATCH,
         key=jax.random.key(seed + 1),
         validation=validation,
         metrics={"accuracy": metrics.accuracy},
@@ -85,7 +88,7 @@ def run(epochs: int, seed: int, output: Path, show: Any = print, quick: bool = F
     show(render(("layer", ">before training", ">after"), rows))
 
     show("\nTime and memory of one gradient, jitted: by hand against jax.value_and_grad.\n")
-    load = bench.Workload(SIZES, 32)
+    load = bench.Workload(SIZES, BATCH, "gelu")
     measured = bench.measure(load, seconds=0.5 if quick else 4.0)
     show(bench.table([measured]))
 
@@ -121,7 +124,9 @@ def draw(
     numbers = range(1, len(history["loss"]) + 1)
     axes[0].semilogy(numbers, history["loss"], label="training")
     axes[0].semilogy(numbers, history["validation_loss"], label="validation")
-    axes[0].set(xlabel="epoch", ylabel="mean cross-entropy", title="Learning curve")
+    axes[0].set(
+        xlabel="epoch", ylabel="mean cross-entropy, smoothed labels", title="Learning curve"
+    )
     axes[0].legend()
     diagnose.pictures.plot_flow(axes[1], {"before training": before, "after": after})
     axes[1].set_title("Deltas on their way back")

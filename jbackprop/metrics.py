@@ -18,7 +18,7 @@ def accuracy(outputs: Array, y: Array) -> Array:
         y: labels (B, ...), or one-hot rows or distributions (B, ..., q). Over positions: the mean.
     """
     labels = jnp.argmax(y, axis=-1) if y.ndim == outputs.ndim else y
-    return _mean(jnp.argmax(outputs, axis=-1) == labels.astype("int32"))
+    return _mean(jnp.argmax(outputs, axis=-1).astype("int32") == labels.astype("int32"))
 
 
 def binary_accuracy(net_inputs: Array, y: Array) -> Array:

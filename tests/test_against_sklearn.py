@@ -11,7 +11,12 @@ from truth import relative
 
 import jbackprop as jb
 
-ACTIVATIONS = {"identity": jb.Identity(), "logistic": jb.Sigmoid(), "tanh": jb.Tanh(), "relu": jb.Relu()}
+ACTIVATIONS = {
+    "identity": jb.Identity(),
+    "logistic": jb.Sigmoid(),
+    "tanh": jb.Tanh(),
+    "relu": jb.Relu(),
+}
 
 
 def their_gradient(model, x, y, sizes):

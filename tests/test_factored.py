@@ -139,7 +139,9 @@ def test_a_scan_stacks_sums_and_steps_too():
     parts = (outer(1, 1, 4, 3, shape=(3, 4), steps=steps), full(3, 4))
     pair = jb.Sum(parts, parts[0].place)
     stack = jax.tree.map(lambda v: jnp.stack([v, 2 * v]), pair).stacked()
-    quadratic = jnp.stack([parts[0].each() + parts[1].each(), 4 * parts[0].each() + 2 * parts[1].each()], 1)
+    quadratic = jnp.stack(
+        [parts[0].each() + parts[1].each(), 4 * parts[0].each() + 2 * parts[1].each()], 1
+    )
     assert relative(stack.each(), quadratic) < 1e-14
     assert relative(stack.total(), quadratic.sum(0)) < 1e-14
 

@@ -129,7 +129,9 @@ def test_positions_are_averaged_and_ignored_ones_do_not_count():
     y = jnp.asarray(rng.integers(0, Q, size=(3, 5))).at[0, 1:].set(-1).at[2].set(-1)
     loss = jb.SoftmaxCrossEntropy(ignore_index=-1)
     flat = jb.SoftmaxCrossEntropy()
-    one = [np.asarray(flat.value(z[n], jnp.maximum(y[n], 0)))[np.asarray(y[n]) >= 0] for n in range(3)]
+    one = [
+        np.asarray(flat.value(z[n], jnp.maximum(y[n], 0)))[np.asarray(y[n]) >= 0] for n in range(3)
+    ]
     truth = [one[0].mean(), one[1].mean(), 0.0]
     assert relative(loss.value(z, y), truth) < 1e-14
     grad = jax.grad(lambda z: loss.value(z, y).sum())(z)
@@ -220,7 +222,13 @@ BAD = [
     (jb.SoftmaxCrossEntropy(), (B, Q), hot(LABELS).astype(int), ValueError, "one-hot rows must be"),
     (jb.SoftmaxCrossEntropy(), (B, Q), MIXED[:, :2], ValueError, "need integer labels"),
     (jb.SoftmaxCrossEntropy(), (B, Q), -MIXED, ValueError, "no negative entries"),
-    (jb.SoftmaxCrossEntropy(class_weights=(1, 2)), (B, Q), LABELS, ValueError, "2 class_weights for 4"),
+    (
+        jb.SoftmaxCrossEntropy(class_weights=(1, 2)),
+        (B, Q),
+        LABELS,
+        ValueError,
+        "2 class_weights for 4",
+    ),
     (jb.SoftmaxCrossEntropy(ignore_index=0), (B, Q), MIXED, TypeError, "needs integer labels"),
     (jb.SquaredError(), (B, 1), REAL[:, 0], ValueError, r"use y\[..., None\]"),
     (jb.SquaredError(), (B, Q), LABELS, ValueError, "class labels are for SoftmaxCrossEntropy"),

@@ -38,9 +38,9 @@ def test_agrees_with_autodiff_in_float64(case, dtype):
 
 @by_name
 def test_value_and_gradient_are_those_of_jax_grad(case):
-    truth = jax.value_and_grad(
-        lambda p: mean_cost(case.net, case.loss, p, case.x, case.y)
-    )(case.params)
+    truth = jax.value_and_grad(lambda p: mean_cost(case.net, case.loss, p, case.x, case.y))(
+        case.params
+    )
     assert_close(jb.value_and_grad(case.net, case.loss)(case.params, case.x, case.y), truth)
 
 
@@ -67,7 +67,9 @@ class TestVariants(chex.TestCase):
             call = self.variant(jb.value_and_grad(case.net, case.loss))
             with jax.disable_jit():
                 slow = jb.value_and_grad(case.net, case.loss)(case.params, case.x, case.y)
-            chex.assert_trees_all_close(call(case.params, case.x, case.y), slow, rtol=1e-13, atol=1e-15)
+            chex.assert_trees_all_close(
+                call(case.params, case.x, case.y), slow, rtol=1e-13, atol=1e-15
+            )
 
 
 @each_leaf
@@ -129,7 +131,7 @@ def test_reads_says_what_backward_reads(case):
 def test_no_parameter_is_in_the_trace(case):
     closed = jax.make_jaxpr(lambda p, x: jb.forward(case.net, p, x)[1])(case.params, case.x)
     params = set(closed.jaxpr.invars[: len(jax.tree.leaves(case.params))])
-    assert not params & set(v for v in closed.jaxpr.outvars if not hasattr(v, "val"))
+    assert not params & {v for v in closed.jaxpr.outvars if not hasattr(v, "val")}
 
 
 @each_leaf
@@ -185,7 +187,9 @@ def test_the_slope_at_a_kink_is_the_one_stated(layer):
     np.testing.assert_allclose(slope[0], at[type(layer).__name__], rtol=1e-15)
 
 
-@pytest.mark.parametrize("layer", [c.net for c in LEAVES if isinstance(c.net, jb.Elementwise)], ids=repr)
+@pytest.mark.parametrize(
+    "layer", [c.net for c in LEAVES if isinstance(c.net, jb.Elementwise)], ids=repr
+)
 def test_slopes_against_finite_differences_of_numpy(layer):
     """A truth without autodiff: central differences with one Richardson step."""
     z = np.array([-3.1, -1.7, -0.9, -0.4, -0.1, 0.2, 0.7, 0.95, 1.3, 2.8])
@@ -240,7 +244,7 @@ def test_a_wrong_derivative_is_found(activation, dtype, key):
 
 class Untransposed(jb.Dense):
     def backward(self, params, trace, delta):
-        delta_x, pairs = super().backward(params, trace, delta)
+        _, pairs = super().backward(params, trace, delta)
         return delta @ params["w"], pairs
 
 

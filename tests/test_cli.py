@@ -1,0 +1,197 @@
+"""The command line, as a user types it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import jbackprop as jb
+from jbackprop import catalogue, check, cli, datasets
+
+pytestmark = pytest.mark.newest
+
+
+def run(*args, cwd=None):
+    """In a process of its own, with JAX as it comes."""
+    return subprocess.run(
+        [sys.executable, "-m", "jbackprop", *map(str, args)],
+        capture_output=True, text=True, timeout=300, check=False, cwd=cwd,
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": os.environ.get("JBACKPROP_TEST_CACHE", ".cache/jax")},
+    )  # fmt: skip
+
+
+def test_demo_learns_the_digits_and_proves_it(tmp_path):
+    done = run("demo", "--quick", "--output", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["ok"] is True
+    assert found["test_accuracy"] >= 0.97
+    assert found["worst_relative_error"]["float64"] <= 1e-12
+    assert found["training_seconds"] < 30
+    assert list(found["delta_norms"]["after"]) == ["layers[0]", "layers[2]", "layers[4]"]
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_demo_is_no_lucky_seed(tmp_path, seed):
+    done = run("demo", "--quick", "--output", tmp_path, "--seed", seed)
+    assert done.returncode == 0, done.stderr
+    accuracy = float(re.search(r"test (\d+\.\d)%", done.stdout)[1])
+    assert accuracy >= 97
+    assert done.stdout.count("right") >= 22
+    assert "WRONG" not in done.stdout
+
+
+def test_train_on_a_data_set_and_save(tmp_path):
+    path = tmp_path / "model.npz"
+    done = run(
+        "train", "iris", "--epochs", 80, "--hidden", "16,8", "--quiet", "--save", path, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["test"]["accuracy"] > 0.9
+    assert len(found["history"]["loss"]) == found["epochs"] == 80
+    with np.load(path) as saved:
+        config = json.loads(str(saved["config"]))
+        params = [
+            {"w": saved[f"layers[{i}].w"], "b": saved[f"layers[{i}].b"]} if i % 2 == 0 else ()
+            for i in range(5)
+        ]
+    assert config["sizes"] == [4, 16, 8, 3]
+    assert config["classes"] == ["setosa", "versicolor", "virginica"]
+    data = datasets.load("iris")
+    test = datasets.split(150, (0.1, 0.2), 0)[2]
+    x = ((data.x[test] - config["mean"]) / config["scale"]).astype("float32")
+    p = jb.predict(jb.mlp(config["sizes"]), jb.SoftmaxCrossEntropy(), tuple(params), x)
+    assert np.mean(np.asarray(p).argmax(1) == data.y[test]) == pytest.approx(
+        found["test"]["accuracy"]
+    )
+
+
+def test_train_on_csv_with_words_as_classes(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = ["height,kind,weight"]
+    for _ in range(60):
+        big = rng.integers(2)
+        rows.append(f"{big + rng.normal() / 9:.3f},{'cat' if big else 'mouse'},{rng.normal():.3f}")
+    path = tmp_path / "animals.csv"
+    path.write_text("\n".join(rows))
+    done = run(
+        "train",
+        path,
+        "--target",
+        "kind",
+        "--quiet",
+        "--epochs",
+        60,
+        "--loss",
+        "sigmoid",
+        "--hidden",
+        "none",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 classes" in done.stdout
+    data = datasets.load(str(path), "kind")
+    assert data.classes == ("cat", "mouse")
+    assert data.x.shape == (60, 2)
+
+
+def test_train_on_npz_with_real_targets(tmp_path):
+    x = np.random.default_rng(0).normal(size=(80, 3))
+    np.savez(tmp_path / "a.npz", x=x, y=np.stack([x[:, 0], x.sum(1)], 1))
+    args = ("--quiet", "--patience", 30, "--epochs", 400, "--learning-rate", 0.01, "--json")
+    done = run("train", tmp_path / "a.npz", *args)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["test"]["absolute_error"] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n1,2\n3\n", "line 3: 1 cells, but 2 were expected"),
+        ("a,b\n1,2\nx,3\n", "line 3, column 'a': 'x' is not a number"),
+        ("a,b\n", "at least two rows"),
+        ("a,b\nnan,1\n2,3\n", r"x[0, 0] is nan"),
+    ],
+)
+def test_csv_that_cannot_be_read(tmp_path, content, message):
+    path = tmp_path / "bad.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        datasets.load(str(path))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (("train", "nothing.csv"), 1, "there is no such file"),
+        (("train", "iris", "--target", "x", "--save", "a.txt"), 1, "must end in .npz"),
+        (("train", "iris", "--save", "no/such/a.npz"), 1, "there is no folder"),
+        (("train", "iris", "--loss", "sigmoid"), 1, "needs two"),
+        (("train", "diabetes", "--loss", "softmax"), 1, "needs classes"),
+        (("train", "iris", "--hidden", "0"), 2, "must be at least 1"),
+        (("train", "iris", "--batch-size", "0"), 2, "must be at least 1"),
+        (("train", "iris", "--learning-rate", "-1"), 2, "must be positive"),
+        (("train", "iris", "--shares", "0.9,0.9"), 2, "must be two shares"),
+        (("train", "iris", "--activation", "step"), 2, "invalid choice"),
+        (("train", "iris", "--nonsense"), 2, "unrecognized arguments: --nonsense"),
+        (("check", "--only", "nothing at all"), 1, "no rule contains that"),
+        ((), 2, "required"),
+    ],
+)
+def test_usage_that_makes_no_sense(args, status, message, capsys):
+    try:
+        got = cli.main(args)
+    except SystemExit as stop:
+        got = stop.code
+    assert got == status
+    assert message in capsys.readouterr().err
+
+
+def test_help_is_worth_reading(capsys):
+    for command, words in (
+        ((), ("demo", "train", "check", "bench")),
+        (("train",), ("--hidden", "--loss", "examples:", "digits", "what --save writes")),
+        (("check",), ("exit status",)),
+        (("bench",), ("jax.value_and_grad",)),
+        (("demo",), ("--epochs", "default: 40")),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*command, "--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert all(word in text for word in words), text
+
+
+def test_check_as_a_table_and_as_json(capsys):
+    assert cli.main(["check", "--only", "Tanh"]) == 0
+    text = capsys.readouterr().out
+    assert "rules are right" in text
+    assert cli.main(["check", "--only", "Huber", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"]
+    assert len(found["rules"]) == 2
+
+
+def test_check_fails_where_a_rule_is_wrong(monkeypatch, capsys):
+    case = catalogue.cases()[0]
+    wrong = check.Agreement((check.Row("net.w", "gradient", 0.5, 0.0, 1e-12),), "float64")
+    monkeypatch.setattr(cli.catalogue, "cases", lambda: [case])
+    monkeypatch.setattr(cli.check, "network", lambda *a: wrong)
+    assert cli.main(["check"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_bench_prints_ratios():
+    done = run("bench", "--only", "784-128-10 tanh", "--seconds", 0.2, "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["results"]
+    assert row["agreement"] < 1e-5
+    assert row["time"] > 0
+    assert row["memory"] <= 1
+    assert "time ratio" in run("bench", "--only", "784-128-10 tanh", "--seconds", 0.2).stdout
