@@ -241,6 +241,10 @@ def test_params_and_data_are_left_as_they_are(params):
     np.testing.assert_array_equal(x, X)
 
 
+def test_lists_are_arrays(params):
+    assert_close(fit(params, x=X.tolist(), y=Y.tolist()).params, fit(params).params, 0)
+
+
 def test_float32_parameters_stay_float32(params):
     single = jax.tree.map(lambda p: p.astype("float32"), params)
     result = fit(single, batch_size=16, x=X.astype("float64"))

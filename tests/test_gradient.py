@@ -193,9 +193,8 @@ class TestSurroundings(chex.TestCase):
             return jb.deltas(jb.backprop(NET, LOSS, *args))
 
         for dtype in ("float32", "bfloat16"):
-            args = jax.tree.map(
-                lambda v: v.astype(dtype) if v.dtype == float else v, (self.params, self.x, self.y)
-            )
+            params = jax.tree.map(lambda v, dtype=dtype: v.astype(dtype), self.params)
+            args = params, self.x.astype(dtype), self.y
             for call in (self.call, deltas):
                 done = export.export(jax.jit(call), platforms=("cpu", "cuda", "tpu"))(*args)
                 assert done.platforms == ("cpu", "cuda", "tpu")

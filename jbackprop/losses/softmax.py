@@ -59,11 +59,18 @@ class SoftmaxCrossEntropy(Canonical):
             if not all(0 <= w < np.inf for w in weights):
                 raise ValueError(f"class_weights must be finite and not negative, not {weights}")
 
+    def __repr__(self) -> str:
+        options = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
+        shown = (f"{f.name}={getattr(self, f.name)}" for f in options)
+        return f"SoftmaxCrossEntropy({', '.join(shown)})"
+
     def cost(self, z: Array, y: _Targets) -> Array:
         log_p = jax.nn.log_softmax(z, axis=-1)
         if y.labels is None:
             return -jnp.sum(jnp.where(y.t == 0, 0, y.t * log_p), axis=-1)
         picked = jnp.take_along_axis(log_p, y.labels[..., None], axis=-1, mode="clip")[..., 0]
+        if self.ignore_index is None and self.class_weights is None:
+            return -y.mass * picked
         return jnp.where(y.mass == 0, 0, -y.mass * picked)
 
     def mean(self, z: Array) -> Array:

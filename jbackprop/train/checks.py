@@ -19,7 +19,10 @@ def check_data(name: str, net: Node, loss: Loss, params: PyTree, data: Any) -> t
         raise TypeError(f"{name} must be a pair (x, y) of arrays, not {type(data).__name__}")
     leaves = jax.tree.leaves(params)
     dtype = jnp.result_type(*leaves) if leaves else jnp.result_type(float)
-    x, y = (jax.tree.map(np.asarray, part) for part in data)
+    x, y = (
+        np.asarray(part) if isinstance(part, list) else jax.tree.map(np.asarray, part)
+        for part in data
+    )
     n = batch_size(x)
     lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(y)}
     if lengths != {n}:
