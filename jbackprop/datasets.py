@@ -79,9 +79,17 @@ def _shipped(name: str) -> Dataset:
 
 def _csv(path: Path, target: str | None) -> Dataset:
     with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.reader(file) if row]
+        first_line = file.readline()
+        file.seek(0)
+        delimiter = max(",;\t", key=first_line.count)
+        rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
     if len(rows) < 2:
         raise ValueError(f"{path}: a table needs at least two rows, but there are {len(rows)}")
+    if len(rows[0]) < 2:
+        raise ValueError(
+            f"{path}: a table needs features and a target, but there is one column, "
+            f"{rows[0][0]!r}; columns are separated by commas, semicolons or tabs"
+        )
     header = [str(i) for i in range(len(rows[0]))]
     first = 1
     if not any(_number(cell) is not None for cell in rows[0]):
@@ -136,6 +144,8 @@ def _table(name: str, x: Any, y: Any, classes: Any = ()) -> Dataset:
         found, labels = np.unique(y, return_inverse=True)
         whole = y.dtype.kind in "iuUbO" or bool(np.all(y == np.round(y)))
         if y.dtype.kind in "UO" or (whole and len(found) <= MOST_CLASSES):
+            if len(found) < 2:
+                raise ValueError(f"{name}: all targets are {found[0]}: there is nothing to learn")
             names = tuple(classes) if len(classes) == len(found) else tuple(map(_name, found))
             return Dataset(name, x, labels.astype(np.int32), names)
     if y.dtype.kind not in "fiub" or not np.isfinite(y.astype(float)).all():

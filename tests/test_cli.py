@@ -110,12 +110,27 @@ def test_train_on_npz_with_real_targets(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["a;b\n1;x\n2;y\n", "\ufeffa\tb\n\n1\tx\n2\ty\n", "1,x\n2,y\n", '"a","b"\n1,"x"\n2,"y"\n'],
+)
+def test_csv_dialects(tmp_path, text):
+    path = tmp_path / "table.csv"
+    path.write_text(text, encoding="utf-8")
+    data = datasets.load(str(path))
+    assert data.x.tolist() == [[1.0], [2.0]]
+    assert data.y.tolist() == [0, 1]
+    assert data.classes == ("x", "y")
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("a,b\n1,2\n3\n", "line 3: 1 cells, but 2 were expected"),
         ("a,b\n1,2\nx,3\n", "line 3, column 'a': 'x' is not a number"),
         ("a,b\n", "at least two rows"),
         ("a,b\nnan,1\n2,3\n", r"x[0, 0] is nan"),
+        ("a\n1\n2\n", "there is one column, 'a'"),
+        ("a,b\n1,x\n2,x\n", "all targets are x"),
     ],
 )
 def test_csv_that_cannot_be_read(tmp_path, content, message):

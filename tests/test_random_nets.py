@@ -4,11 +4,14 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import jbackprop as jb
 from jbackprop import catalogue
+
+pytestmark = pytest.mark.newest  # minutes of compiling; the rules one by one run on both
 
 ACTIVATIONS = [
     layer
