@@ -139,9 +139,18 @@ class Composite(Node):
 
     def split(self, tree: PyTree) -> tuple[PyTree, ...]:
         """Each child's part of a tree like params; None for each of them if there is no tree."""
+        number = len(self.children())
         if tree is None:
-            return (None,) * len(self.children())
-        return tree if self._is_tuple else (tree,)
+            return (None,) * number
+        if not self._is_tuple:
+            return (tree,)
+        if not isinstance(tree, tuple) or len(tree) != number:
+            found = f" of {len(tree)}" if isinstance(tree, tuple | list) else ""
+            raise ValueError(
+                f"{type(self).__name__} of {number} layers: a tree like its params is a tuple of "
+                f"{number}, not a {type(tree).__name__}{found}"
+            )
+        return tree
 
     def join(self, parts: Sequence[PyTree]) -> PyTree:
         """The tree like params that has these parts."""

@@ -119,13 +119,13 @@ CASES = {
     "params of a shorter network": (
         lambda: backprop(params=PARAMS[:1]),
         ValueError,
-        "needs a tuple of 3, not a tuple of 1",
+        "of 3 layers: a tree like its params is a tuple of 3, not a tuple of 1",
         None,
     ),
     "params that are no tuple": (
         lambda: backprop(params=PARAMS[0]),
         ValueError,
-        "needs a tuple of 3, not a dict",
+        "a tree like its params is a tuple of 3, not a dict",
         None,
     ),
     "params for a layer without": (
@@ -147,6 +147,12 @@ CASES = {
         ValueError,
         "transport must have the shapes",
         "layers[2]",
+    ),
+    "transport of another length": (
+        lambda: backprop(transport=PARAMS[:2]),
+        ValueError,
+        "a tuple of 3, not a tuple of 2",
+        None,
     ),
     "transport through a rule that has none": (
         lambda: backprop(

@@ -56,12 +56,12 @@ class Sequential(Composite):
         return tuple(layer.init(k) for layer, k in zip(self.layers, keys, strict=True))
 
     def forward(self, params: PyTree, x: Any, key: Array | None) -> tuple[Any, Any]:
-        self._check(params)
+        own = self.split(params)
         keys = _keys_for(self.layers, key)
         boundaries, saved = [], []
         for i, layer in enumerate(self.layers):
             with inside(f"layers[{i}]", layer):
-                x, kept = forward(layer, params[i], x, keys[i])
+                x, kept = forward(layer, own[i], x, keys[i])
             boundaries.append(x if self._kept(i) else None)
             saved.append(kept)
         return x, (tuple(boundaries), tuple(saved))
@@ -77,7 +77,7 @@ class Sequential(Composite):
     ) -> tuple[Any, PyTree]:
         boundaries, saved = trace.saved
         ends = (trace.x, *boundaries[:-1], trace.y)
-        transports, auxes = self.split(transport), self.split(aux)
+        own, transports, auxes = (self.split(tree) for tree in (params, transport, aux))
         collected: list[PyTree] = []
         for i in reversed(range(len(self.layers))):
             layer = self.layers[i]
@@ -86,7 +86,7 @@ class Sequential(Composite):
             with inside(f"layers[{i}]", layer):
                 delta, found = backward(
                     layer,
-                    params[i],
+                    own[i],
                     Trace(x, y, saved[i]),
                     delta,
                     collect,
@@ -101,19 +101,6 @@ class Sequential(Composite):
         if i + 1 == len(self.layers):
             return False
         return "y" in self.layers[i].reads or "x" in self.layers[i + 1].reads
-
-    def _check(self, params: PyTree) -> None:
-        if not isinstance(params, tuple) or len(params) != len(self.layers):
-            found = (
-                f"a {type(params).__name__} of {len(params)}"
-                if isinstance(params, tuple | list)
-                else f"a {type(params).__name__}"
-            )
-            raise ValueError(
-                f"these are not the parameters of this network: a Sequential of "
-                f"{len(self.layers)} layers needs a tuple of {len(self.layers)}, not {found}; "
-                "make them with net.init(key)"
-            )
 
 
 def _keys_for(layers: tuple[Node, ...], key: Array | None) -> list[Array | None]:
