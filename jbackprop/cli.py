@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import json
+import math
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,12 +50,18 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
 }
 
 
+_EXPECTED = (
+    ValueError, TypeError, ArithmeticError, OSError, ImportError, EOFError, csv.Error,
+    zipfile.BadZipFile,
+)  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 where something is wrong, 2 for usage."""
     args = _parser().parse_args(argv)
     try:
         return int(args.run(args))
-    except (ValueError, TypeError, FloatingPointError, OSError, ImportError) as error:
+    except _EXPECTED as error:
         notes = "".join(
             f"\n  {note}" for note in getattr(error, "__notes__", ()) if "JAX" not in note
         )
@@ -191,7 +200,16 @@ def _shares(text: str) -> tuple[float, ...]:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, allow_nan=True))
+    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for what JSON has no word for: NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _say(args: argparse.Namespace) -> Callable[..., None]:
@@ -225,19 +243,24 @@ def _train(args: argparse.Namespace) -> int:
         mean, scale = data.x[parts[0]].mean(0), data.x[parts[0]].std(0)
         scale = np.where(scale == 0, 1, scale)
     x = ((data.x - mean) / scale).astype(np.float32)
-    y_mean, y_scale = 0.0, 1.0
-    if isinstance(loss, losses.SquaredError | losses.Huber) and not args.raw:
-        y_mean, y_scale = float(y[parts[0]].mean()), float(y[parts[0]].std()) or 1.0
-        y = ((y - y_mean) / y_scale).astype(np.float32)
+    y_mean, y_scale = np.zeros(outputs), np.ones(outputs)
+    standardised = isinstance(loss, losses.SquaredError | losses.Huber) and not args.raw
+    if standardised:
+        y_mean, y_scale = y[parts[0]].mean(0), y[parts[0]].std(0)
+        y_scale = np.where(y_scale == 0, 1, y_scale)
+        y = (y - y_mean) / y_scale
+    y = y.astype(np.float32) if y.dtype.kind == "f" else y
     train, validation, test = ((x[i], y[i]) for i in parts)
     sizes = (x.shape[1], *args.hidden, outputs)
     net = mlp(sizes, ACTIVATIONS[args.activation]())
+    labelled = isinstance(loss, losses.SoftmaxCrossEntropy | losses.SigmoidCrossEntropy)
+    kind = f"{len(data.classes)} classes" if labelled else f"{outputs} real targets"
     say(f"{data.name}: {len(x)} rows, {x.shape[1]} features, ", end="")
-    say(f"{len(data.classes)} classes\n" if data.classes else f"{y.shape[1]} real targets\n")
+    say(f"{kind}\n")
     say(summary(net, x.shape[1:]))
-    if y_scale != 1:
-        say(f"\nthe targets are standardised: the loss is in units of {y_scale:.4g} squared, the ")
-        say("absolute error in their own")
+    if standardised:
+        say("\nthe targets are standardised: the loss is in units of their variance, ", end="")
+        say("the absolute error in their own")
     measures = _metrics(loss, y_scale)
     start = time.perf_counter()
     learnt = fit(
@@ -268,7 +291,7 @@ def _train(args: argparse.Namespace) -> int:
             "format": 1, "sizes": sizes, "activation": args.activation,
             "loss": args.loss or ("softmax" if data.classes else "squared"),
             "classes": data.classes, "mean": mean.tolist(), "scale": scale.tolist(),
-            "target_mean": y_mean, "target_scale": y_scale,
+            "target_mean": y_mean.tolist(), "target_scale": y_scale.tolist(),
         }  # fmt: skip
         arrays: dict[str, Any] = {
             f"{path}.{name}": np.asarray(w)
@@ -290,25 +313,29 @@ def _train(args: argparse.Namespace) -> int:
 def _targets(data: datasets.Dataset, loss: losses.Loss) -> tuple[np.ndarray, int]:
     """Targets as the loss wants them, and how many outputs that needs."""
     if isinstance(loss, losses.SoftmaxCrossEntropy):
-        if not data.classes:
+        if data.labels is None:
             raise ValueError(f"{data.name} has real targets: --loss softmax needs classes")
-        return data.y, len(data.classes)
-    if isinstance(loss, losses.SigmoidCrossEntropy) and len(data.classes) != 2:
-        raise ValueError(
-            f"{data.name} has {len(data.classes) or 'no'} classes: --loss sigmoid needs two"
-        )
-    y = data.y.reshape(len(data.y), -1).astype(np.float32)
-    return y, y.shape[1]
+        return data.labels, len(data.classes)
+    if isinstance(loss, losses.SigmoidCrossEntropy):
+        if data.labels is None or len(data.classes) != 2:
+            raise ValueError(
+                f"{data.name} has {len(data.classes) or 'no'} classes: --loss sigmoid needs two"
+            )
+        return data.labels.reshape(-1, 1).astype(np.float32), 1
+    if data.values is None:
+        raise ValueError(f"{data.name}: the targets are words, but this loss needs numbers")
+    return data.values, data.values.shape[1]
 
 
-def _metrics(loss: losses.Loss, scale: float) -> dict[str, Any]:
+def _metrics(loss: losses.Loss, scale: np.ndarray) -> dict[str, Any]:
     if isinstance(loss, losses.SoftmaxCrossEntropy):
         return {"accuracy": metrics.accuracy}
     if isinstance(loss, losses.SigmoidCrossEntropy):
         return {"accuracy": metrics.binary_accuracy}
     if isinstance(loss, losses.PoissonNLL):
         return {}
-    return {"absolute_error": lambda outputs, y: scale * metrics.absolute_error(outputs, y)}
+    scale = scale[None].astype(np.float32)
+    return {"absolute_error": lambda z, y: metrics.absolute_error(z * scale, y * scale)}
 
 
 def _matching(only: str, names: Sequence[str], what: str) -> list[int]:

@@ -21,21 +21,24 @@ class Dataset:
 
     Attributes:
         name: of the file or data set.
-        x: features, (n, p) float32.
-        y: labels (n,) int32 from 0, or real targets (n, q) float32.
-        classes: the names of the labels; empty where the targets are real.
+        x: features, (n, p) float64.
+        labels: (n,) int32 from 0, where the targets can be classes; else None.
+        classes: the names of the labels; empty without them.
+        values: the targets as numbers, (n, q) float64; None where they are words.
     """
 
     name: str
     x: np.ndarray
-    y: np.ndarray
+    labels: np.ndarray | None
     classes: tuple[str, ...]
+    values: np.ndarray | None
 
 
 def load(source: str, target: str | None = None) -> Dataset:
     """Load one of `SHIPPED`, a `.csv` or an `.npz` file (arrays x and y).
 
-    Targets that are words, or at most 50 whole numbers, are classes; others are real.
+    Targets that are words, or at most 50 whole numbers, can be classes; those that are numbers can
+    be real targets too: the loss decides. A CSV's first line is a header if no cell is a number.
 
     Args:
         source: the name or the path.
@@ -81,46 +84,46 @@ def _csv(path: Path, target: str | None) -> Dataset:
     with path.open(newline="", encoding="utf-8-sig") as file:
         first_line = file.readline()
         file.seek(0)
-        delimiter = max(",;\t", key=first_line.count)
-        rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
+        reader = csv.reader(file, delimiter=max(",;\t", key=first_line.count))
+        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
     if len(rows) < 2:
         raise ValueError(f"{path}: a table needs at least two rows, but there are {len(rows)}")
-    if len(rows[0]) < 2:
+    header = [str(i) for i in range(len(rows[0][1]))]
+    if len(header) < 2:
         raise ValueError(
             f"{path}: a table needs features and a target, but there is one column, "
-            f"{rows[0][0]!r}; columns are separated by commas, semicolons or tabs"
+            f"{rows[0][1][0]!r}; columns are separated by commas, semicolons or tabs"
         )
-    header = [str(i) for i in range(len(rows[0]))]
-    first = 1
-    if not any(_number(cell) is not None for cell in rows[0]):
-        header, first = [cell.strip() for cell in rows[0]], 2
-        rows = rows[1:]
+    if not any(_number(cell) is not None for cell in rows[0][1]):
+        header = rows.pop(0)[1]
     column = len(header) - 1
     if target is not None:
-        names = {name: i for i, name in enumerate(header)} | {
-            str(i): i for i in range(len(header)) if str(i) not in header
-        }
+        numbers = {str(i): i for i in range(len(header))}
+        names = numbers | {name: i for i, name in enumerate(header)}
         if target not in names:
             raise ValueError(f"{path}: no column {target!r}; there are {', '.join(header)}")
         column = names[target]
     x, y = [], []
-    for number, row in enumerate(rows, start=first):
+    for line, row in rows:
         if len(row) != len(header):
             raise ValueError(
-                f"{path}, line {number}: {len(row)} cells, but {len(header)} were expected"
+                f"{path}, line {line}: {len(row)} cells, but {len(header)} were expected"
             )
-        cells = [_number(cell) for cell in row]
-        for name, cell, value in zip(header, row, cells, strict=True):
-            if value is None and name != header[column]:
+        for i, cell in enumerate(row):
+            if cell == "" or (i != column and _number(cell) is None):
                 raise ValueError(
-                    f"{path}, line {number}, column {name!r}: {cell!r} is not a number; features "
-                    "must be numbers"
+                    f"{path}, line {line}, column {header[i]!r}: {cell!r} is not a number; fill it "
+                    "in first"
                 )
-        y.append(row[column].strip())
-        x.append([value for i, value in enumerate(cells) if i != column])
-    numbers = [_number(cell) for cell in y]
-    words = any(value is None for value in numbers)
-    return _table(path.name, np.array(x, dtype=float), np.array(y if words else numbers))
+        y.append(row[column])
+        x.append([float(cell) for i, cell in enumerate(row) if i != column])
+    odd = [(line, cell) for (line, _), cell in zip(rows, y, strict=True) if _number(cell) is None]
+    if 0 < len(odd) < len(y) / 2:
+        raise ValueError(
+            f"{path}, line {odd[0][0]}, column {header[column]!r}: {odd[0][1]!r} is not a number, "
+            "as most targets are; fill it in or leave that row out"
+        )
+    return _table(path.name, np.array(x), np.array(y if odd else [float(cell) for cell in y]))
 
 
 def _number(cell: str) -> float | None:
@@ -134,27 +137,38 @@ def _table(name: str, x: Any, y: Any, classes: Any = ()) -> Dataset:
     x, y = np.asarray(x), np.asarray(y)
     if x.dtype.kind not in "fiub":
         raise ValueError(f"{name}: the features have the dtype {x.dtype}, which is no number")
-    x = x.reshape(len(x), -1).astype(np.float32)
-    if len(x) != len(y):
-        raise ValueError(f"{name}: x has {len(x)} rows, but y {len(y)}")
+    if y.dtype.kind not in "fiubU" or y.ndim not in (1, 2):
+        raise ValueError(
+            f"{name}: the targets have the dtype {y.dtype} and the shape {y.shape}; they must be "
+            "numbers or words, (n,) or (n, q)"
+        )
+    if x.ndim == 0 or len(x) != len(y) or len(x) == 0:
+        raise ValueError(f"{name}: x has the shape {x.shape}, but y {y.shape}: one row for each")
+    x = x.reshape(len(x), -1).astype(np.float64)
     if not np.isfinite(x).all():
         row, column = (int(i) for i in np.argwhere(~np.isfinite(x))[0])
         raise ValueError(f"{name}: x[{row}, {column}] is {x[row, column]}; fill it in first")
-    if y.ndim == 1:
-        found, labels = np.unique(y, return_inverse=True)
-        whole = y.dtype.kind in "iuUbO" or bool(np.all(y == np.round(y)))
-        if y.dtype.kind in "UO" or (whole and len(found) <= MOST_CLASSES):
-            if len(found) < 2:
-                raise ValueError(f"{name}: all targets are {found[0]}: there is nothing to learn")
-            names = tuple(classes) if len(classes) == len(found) else tuple(map(_name, found))
-            return Dataset(name, x, labels.astype(np.int32), names)
-    if y.dtype.kind not in "fiub" or not np.isfinite(y.astype(float)).all():
+    words = y.dtype.kind == "U"
+    if not words and not np.isfinite(y).all():
         raise ValueError(f"{name}: the targets are not all finite numbers")
-    return Dataset(name, x, y.reshape(len(y), -1).astype(np.float32), ())
+    values = None if words else y.reshape(len(y), -1).astype(np.float64)
+    found, labels = np.unique(y, return_inverse=True)
+    if len(found) < 2:
+        raise ValueError(f"{name}: all targets are {found[0]}: there is nothing to learn")
+    whole = not words and y.ndim == 1 and bool(np.all(y == np.round(y)))
+    if words and (y.ndim > 1 or 2 * len(found) > len(y) > 9):
+        raise ValueError(
+            f"{name}: the targets are words, {len(found)} different ones in {len(y)} rows; is that "
+            "the right column?"
+        )
+    if not (words or (whole and len(found) <= MOST_CLASSES)):
+        return Dataset(name, x, None, (), values)
+    names = tuple(classes) if len(classes) == len(found) else tuple(map(_name, found))
+    return Dataset(name, x, labels.reshape(-1).astype(np.int32), names, values)
 
 
 def _name(label: Any) -> str:
-    return f"{label:g}" if isinstance(label, float | np.floating) else str(label)
+    return str(label) if isinstance(label, str) else str(int(label))
 
 
 def split(n: int, shares: tuple[float, ...], seed: int) -> list[np.ndarray]:

@@ -40,7 +40,9 @@ def run(epochs: int, seed: int, output: Path, show: Any = print, quick: bool = F
     """
     data = datasets.load("digits")
     parts = datasets.split(len(data.x), (0.1, 0.2), seed)
-    train, validation, test = ((data.x[i] / 16, data.y[i]) for i in parts)
+    x, y = (data.x / 16).astype(np.float32), data.labels
+    assert y is not None
+    train, validation, test = ((x[i], y[i]) for i in parts)
     net, loss = mlp(SIZES, Gelu()), SoftmaxCrossEntropy(label_smoothing=0.1)
     params = net.init(jax.random.key(seed))
     show(f"{len(data.x)} handwritten digits, 8 x 8 pixels: {len(train[0])} to train on, ", end="")

@@ -97,16 +97,16 @@ def _column(weights: Array, like: Array) -> Array:
     return weights.reshape(weights.shape + (1,) * (like.ndim - 1))
 
 
+def present(weights: Array, values: Array) -> Array:
+    """values_n, but 0 for what is not finite in an example of weight 0: it is not there."""
+    absent = (_column(weights, values) == 0) & ~jnp.isfinite(values)
+    return jnp.where(absent, jnp.zeros((), values.dtype), values)
+
+
 def weighted(weights: Array, values: Array) -> Array:
-    """weights_n * values_n in values' dtype; a weight of 0 takes away even an inf or a NaN."""
+    """weights_n * values_n, in float32 at least: a small weight must not underflow in float16."""
     wide = wide_dtype(values.dtype)
-    w = _column(weights.astype(wide), values)
-    return jnp.where(w == 0, 0, w * values.astype(wide)).astype(values.dtype)
-
-
-def _present(weights: Array, values: Array) -> Array:
-    """values_n where the weight is not 0, else 0: the other operand of a weighted product."""
-    return jnp.where(_column(weights, values) == 0, jnp.zeros((), values.dtype), values)
+    return _column(weights.astype(wide), values) * present(weights, values).astype(wide)
 
 
 def _einsum(spec: str, *operands: Array) -> Array:
@@ -131,6 +131,12 @@ class Factored(abc.ABC):
                 f"this {type(self).__name__} has no place yet: the sweep gives it one. By hand, "
                 "use dataclasses.replace(pair, place=Place(shape, dtype))"
             )
+        for array in jax.tree.leaves(self) if isinstance(self, Outer | Shift) else ():
+            if array.ndim != 4:
+                raise ValueError(
+                    f"this {type(self).__name__} holds an array of shape {array.shape}, not (B, G, "
+                    "T, feature): was it kept under an outer vmap? Ask it inside that vmap"
+                )
         return self.place
 
     @abc.abstractmethod
@@ -181,12 +187,33 @@ def place_in(factored: PyTree, params: PyTree) -> PyTree:
     """Give every factored gradient the shape and dtype of its parameter as its place."""
 
     def put(w: Any, pair: Factored) -> Factored:
+        if not isinstance(pair, Factored):
+            raise TypeError(
+                f"backward must give a factored gradient (Outer, Shift, Full, ...) for each "
+                f"parameter, not {type(pair).__name__}"
+            )
         steps = pair.place.steps if pair.place else ()
+        _check_fits(pair, steps, tuple(jnp.shape(w)))
         place = Place(tuple(jnp.shape(w)), jnp.result_type(w), steps=steps)
         inner = {"parts": tuple(put(w, p) for p in pair.parts)} if isinstance(pair, Sum) else {}
         return dataclasses.replace(pair, place=place, **inner)  # type: ignore[type-var]
 
     return jax.tree.map(put, params, factored)
+
+
+def _check_fits(pair: Factored, steps: tuple[Step, ...], shape: tuple[int, ...]) -> None:
+    """Raise where entries would be put back in another order than they came."""
+    if steps or not isinstance(pair, Outer | Shift):
+        return
+    operands = (pair.a, pair.delta) if isinstance(pair, Outer) else (pair.delta,)
+    features = tuple(operand.shape[-1] for operand in operands)
+    if math.prod(shape) != pair.delta.shape[1] * math.prod(features) or (
+        len(shape) >= len(features) and shape[-len(features) :] != features
+    ):
+        raise ValueError(
+            f"{type(pair).__name__} with features {features} does not fit a parameter of shape "
+            f"{shape}: are its operands swapped? Steps lead from a parameter to another form"
+        )
 
 
 @dataclass_transform(frozen_default=True)
@@ -246,7 +273,8 @@ class Outer(Factored):
     def total(self, weights: Array | None = None) -> Array:
         a, delta = self.a, self.delta
         if weights is not None:
-            a, delta = _present(weights, a), weighted(weights, delta)
+            delta = weighted(weights, delta)
+            a = present(weights, a).astype(delta.dtype)
         if a.shape[1] == 1:  # one two-dimensional matmul: a 'ngt' contraction is slower
             dtype, over_n = jnp.result_type(a, delta), (((0,), (0,)), ((), ()))
             a, delta = (v.reshape(-1, v.shape[3]).astype(dtype) for v in (a, delta))

@@ -115,10 +115,17 @@ def sweep(
     """
     outputs, saved = forward(net, params, x, key)
     losses, delta = loss.value_and_delta(outputs, y)
+    shapes = jnp.shape(losses), jnp.shape(delta)
+    if shapes != (outputs.shape[:1], outputs.shape):
+        raise ValueError(
+            f"{loss}: value and delta have the shapes {shapes[0]} and {shapes[1]} for outputs "
+            f"{outputs.shape}; they must be {outputs.shape[:1]}, one cost for each example, and "
+            f"{outputs.shape}"
+        )
     if isinstance(output_weights, float):
         delta = output_weights * delta
     elif output_weights is not None:
-        delta = weighted(output_weights, delta)
+        delta = weighted(output_weights, delta).astype(delta.dtype)
     # The delta is read by several; made once, it keeps XLA from making it anew for each of them.
     losses, delta = jax.lax.optimization_barrier((losses, delta))
     trace = Trace(x if "x" in net.reads else None, outputs if "y" in net.reads else None, saved)
@@ -126,13 +133,21 @@ def sweep(
     return Swept(losses, outputs, delta_x, collected)
 
 
-def check_call(net: Any, loss: Any, x: Any, y: Any) -> None:
+def check_call(net: Any, loss: Any, params: Any, x: Any, y: Any) -> None:
     """Raise where a network, a loss and a mini-batch cannot belong together."""
     if not isinstance(net, Node):
         raise TypeError(f"net must be a layer or a composite of layers, not {net!r}")
     if not isinstance(loss, Loss):
         hint = "; make an instance: add ()" if inspect.isclass(loss) else ""
         raise TypeError(f"loss must be a jbackprop Loss, not {loss!r}{hint}")
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} has the dtype {jnp.result_type(leaf)}: "
+                "parameters must be floating-point numbers"
+            )
+    if isinstance(x, list) or isinstance(y, list) or y is None:
+        raise TypeError("x and y must be arrays (or tuples of them): use np.asarray(x)")
     n = batch_size(x)
     lengths = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else None for leaf in jax.tree.leaves(y)}
     if lengths != {n}:
@@ -184,7 +199,7 @@ def backprop(
             layer. Values of targets are checked where they can be seen, that is outside jit.
         TypeError: integers where floating-point numbers are due, or the other way round.
     """
-    check_call(net, loss, x, y)
+    check_call(net, loss, params, x, y)
     bp = _backprop(net, loss, params, x, y, transport, key)
     loss.check(jnp.shape(bp.outputs), y)
     return bp
@@ -204,6 +219,7 @@ def gradient(bp: Backprop, weights: Array | None = None) -> PyTree:
             over an empty batch.
     """
     n = bp.losses.shape[0]
+    weights = None if weights is None else jnp.asarray(weights)
     _check_weights(weights, n)
     if weights is not None and bp.net.couples_examples:
         raise ValueError(
@@ -276,7 +292,8 @@ def value_grad_outputs(
     key: Array | None = None,
 ) -> tuple[Array, PyTree, Any]:
     """As `value_and_grad` has it, with the network's outputs as third."""
-    check_call(net, loss, x, y)
+    check_call(net, loss, params, x, y)
+    weights = None if weights is None else jnp.asarray(weights)
     value, grads, outputs = _value_grad_outputs(net, loss, params, x, y, weights, key)
     loss.check(jnp.shape(outputs), y)
     return value, grads, outputs

@@ -15,9 +15,14 @@ def accuracy(outputs: Array, y: Array) -> Array:
 
     Args:
         outputs: net inputs or probabilities, (B, ..., q).
-        y: labels (B, ...), or one-hot rows or distributions (B, ..., q). Over positions: the mean.
+        y: labels (B, ...), or one-hot rows or distributions (B, ..., q). Over positions: the mean,
+            where a place that the loss ignores counts as wrong.
+
+    Raises:
+        ValueError: targets of another shape; so do the others.
     """
-    labels = jnp.argmax(y, axis=-1) if y.ndim == outputs.ndim else y
+    labels = jnp.argmax(y, axis=-1) if y.shape == outputs.shape else y
+    _same("accuracy", outputs.shape[:-1], labels.shape)
     return _mean(jnp.argmax(outputs, axis=-1).astype("int32") == labels.astype("int32"))
 
 
@@ -28,12 +33,19 @@ def binary_accuracy(net_inputs: Array, y: Array) -> Array:
         net_inputs: (B, ..., q), so that a probability above 1/2 is a net input above 0.
         y: 0 or 1, (B, ..., q).
     """
+    _same("binary_accuracy", net_inputs.shape, y.shape)
     return _mean((net_inputs > 0) == (y > 0.5))
 
 
 def absolute_error(outputs: Array, y: Array) -> Array:
     """The mean of |output - target| over an example's outputs; (B,)."""
+    _same("absolute_error", outputs.shape, y.shape)
     return _mean(jnp.abs(outputs - y.astype(outputs.dtype)))
+
+
+def _same(name: str, needed: tuple[int, ...], got: tuple[int, ...]) -> None:
+    if needed != got:
+        raise ValueError(f"{name}: the targets need the shape {needed}, not {got}")
 
 
 def _mean(values: Array) -> Array:

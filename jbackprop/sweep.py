@@ -94,8 +94,8 @@ body of the scan.
 class Composite(Node):
     """Routes activations and deltas between layers; works on mini-batches, and computes nothing.
 
-    The layers are found in the dataclass fields. A composite of one layer has that layer's params;
-    one with a tuple of layers has a tuple of theirs.
+    The layers are found in the dataclass fields. A composite with one field that is a layer has
+    that layer's params; one of several layers, or of a tuple of layers, has a tuple of theirs.
     """
 
     @abc.abstractmethod
@@ -158,10 +158,8 @@ class Composite(Node):
 
     @property
     def _is_tuple(self) -> bool:
-        return not any(
-            isinstance(getattr(self, field.name), Node)
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]
-        )
+        names = list(self.children())
+        return len(names) != 1 or names[0].endswith("]")
 
     @functools.cached_property
     def draws(self) -> bool:
@@ -274,6 +272,9 @@ def _layer_backward(
 ) -> tuple[Any, PyTree]:
     rule = jax.vmap(layer.backward, in_axes=(None, 0, 0), axis_name=BATCH_AXIS)
     delta_x, factored = rule(carry, trace, delta)
+    shapes = jax.tree.map(jax.numpy.shape, (trace.x, delta_x))
+    if trace.x is not None and delta_x is not None and shapes[0] != shapes[1]:
+        raise ValueError(f"{layer}: backward gives dC/dx of shape {shapes[1]} for x {shapes[0]}")
     return delta_x, place_in(factored, params)
 
 

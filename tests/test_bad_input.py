@@ -24,6 +24,33 @@ def fit(net=NET, loss=LOSS, params=PARAMS, x=X, y=Y, optimizer=None, **options):
     return jb.fit(net, loss, params, (x, y), optimizer or optax.sgd(0.1), **options)
 
 
+class Swapped(jb.Dense):
+    def backward(self, params, trace, delta):
+        delta_x, pairs = super().backward(params, trace, delta)
+        return delta_x, pairs | {"w": jb.Outer.of(delta, trace.x)}
+
+
+class NoPair(jb.Dense):
+    def backward(self, params, trace, delta):
+        delta_x, pairs = super().backward(params, trace, delta)
+        return delta_x, pairs | {"b": delta}
+
+
+class Shrunk(jb.Dense):
+    def backward(self, params, trace, delta):
+        delta_x, pairs = super().backward(params, trace, delta)
+        return delta_x[:1], pairs
+
+
+class Coupled(jb.Identity):
+    couples_examples = True
+
+
+class Summed(jb.SoftmaxCrossEntropy):
+    def value_and_delta(self, z, y):
+        return jnp.sum(self.value(z, y)), self.delta(z, y)
+
+
 def mismatched():
     net = jb.Sequential(jb.Dense(4, 5), jb.Tanh(), jb.Dense(6, 3))
     return net, net.init(jax.random.key(0))
@@ -83,6 +110,70 @@ CASES = {
         lambda: backprop(y=Y[:5]),
         ValueError,
         "x has 6 examples, but the targets y have 5",
+        None,
+    ),
+    "integer parameters": (
+        lambda: backprop(params=jax.tree.map(lambda p: p.astype(int), PARAMS)),
+        TypeError,
+        r"params\[0\]\['b'\] has the dtype int64: parameters must be floating",
+        None,
+    ),
+    "lists": (lambda: backprop(x=[[1.0] * 4]), TypeError, "must be arrays", None),
+    "no targets": (lambda: backprop(y=None), TypeError, "must be arrays", None),
+    "operands that are swapped": (
+        lambda: backprop(net=Swapped(4, 3), params=jb.Dense(4, 3).init(jax.random.key(0))),
+        ValueError,
+        "are its operands swapped",
+        None,
+    ),
+    "an array instead of a pair": (
+        lambda: backprop(net=NoPair(4, 3), params=jb.Dense(4, 3).init(jax.random.key(0))),
+        TypeError,
+        "must give a factored gradient",
+        None,
+    ),
+    "a delta of another shape": (
+        lambda: backprop(net=Shrunk(4, 3), params=jb.Dense(4, 3).init(jax.random.key(0))),
+        ValueError,
+        "backward gives dC/dx of shape",
+        None,
+    ),
+    "a loss that adds up the batch": (
+        lambda: backprop(loss=Summed()),
+        ValueError,
+        r"one cost for each example",
+        None,
+    ),
+    "weights by class name": (
+        lambda: jb.SoftmaxCrossEntropy(class_weights={0: 1.0, 1: 5.0}),
+        TypeError,
+        "must be a sequence with one number for each class",
+        None,
+    ),
+    "an activation that is a class": (
+        lambda: jb.mlp([4, 5, 3], jb.Tanh),
+        TypeError,
+        r"make an instance: add \(\)",
+        None,
+    ),
+    "targets of a metric": (
+        lambda: jb.metrics.binary_accuracy(jnp.ones((3, 1)), jnp.ones(3)),
+        ValueError,
+        r"binary_accuracy: the targets need the shape \(3, 1\)",
+        None,
+    ),
+    "data too large for the parameters": (
+        lambda: fit(
+            params=jax.tree.map(lambda p: p.astype("float32"), PARAMS), x=np.full((6, 4), 1e300)
+        ),
+        ValueError,
+        "too large for float32",
+        None,
+    ),
+    "coupled examples in the check": (
+        lambda: jb.check.network(Coupled(), jb.SquaredError(), (), X, X),
+        ValueError,
+        "couples the examples",
         None,
     ),
     "empty network": (lambda: jb.Sequential(), ValueError, "at least one layer", None),

@@ -67,7 +67,7 @@ def test_train_on_a_data_set_and_save(tmp_path):
     test = datasets.split(150, (0.1, 0.2), 0)[2]
     x = ((data.x[test] - config["mean"]) / config["scale"]).astype("float32")
     p = jb.predict(jb.mlp(config["sizes"]), jb.SoftmaxCrossEntropy(), tuple(params), x)
-    assert np.mean(np.asarray(p).argmax(1) == data.y[test]) == pytest.approx(
+    assert np.mean(np.asarray(p).argmax(1) == data.labels[test]) == pytest.approx(
         found["test"]["accuracy"]
     )
 
@@ -109,6 +109,39 @@ def test_train_on_npz_with_real_targets(tmp_path):
     assert json.loads(done.stdout)["test"]["absolute_error"] < 0.2
 
 
+def test_whole_numbers_stay_numbers_for_real_losses(tmp_path):
+    """10, 20 and 40 are not 0, 1 and 2: the loss decides whether targets are classes."""
+    path = tmp_path / "gaps.csv"
+    path.write_text("a,y\n" + "\n".join(f"{i},{(10, 20, 40)[i % 3]}" for i in range(30)))
+    data = datasets.load(str(path))
+    assert data.classes == ("10", "20", "40")
+    np.testing.assert_array_equal(data.values[:3], [[10], [20], [40]])
+    y, outputs = cli._targets(data, jb.PoissonNLL())
+    assert outputs == 1
+    np.testing.assert_array_equal(y[:3], [[10], [20], [40]])
+    assert cli._targets(data, jb.SoftmaxCrossEntropy())[0].tolist()[:3] == [0, 1, 2]
+
+
+def test_large_features_keep_their_differences(tmp_path):
+    path = tmp_path / "times.csv"
+    path.write_text("t,y\n" + "\n".join(f"{1600000000 + i},{i}.5" for i in range(60)))
+    assert len(np.unique(datasets.load(str(path)).x)) == 60
+
+
+def test_two_targets_are_standardised_each_by_itself(tmp_path):
+    x = np.random.default_rng(0).normal(size=(100, 2))
+    np.savez(tmp_path / "a.npz", x=x, y=np.stack([1e6 + 10 * x[:, 0], x[:, 1]], 1))
+    args = ("--quiet", "--epochs", 200, "--learning-rate", 0.01, "--json", "--hidden", "none")
+    done = run("train", tmp_path / "a.npz", *args)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["test"]["absolute_error"] < 0.5
+
+
+def test_json_has_no_infinity(capsys):
+    cli._print_json({"a": [1.0, float("inf")], "b": float("nan")})
+    assert json.loads(capsys.readouterr().out) == {"a": [1.0, None], "b": None}
+
+
 @pytest.mark.parametrize(
     "text",
     ["a;b\n1;x\n2;y\n", "\ufeffa\tb\n\n1\tx\n2\ty\n", "1,x\n2,y\n", '"a","b"\n1,"x"\n2,"y"\n'],
@@ -118,7 +151,7 @@ def test_csv_dialects(tmp_path, text):
     path.write_text(text, encoding="utf-8")
     data = datasets.load(str(path))
     assert data.x.tolist() == [[1.0], [2.0]]
-    assert data.y.tolist() == [0, 1]
+    assert data.labels.tolist() == [0, 1]
     assert data.classes == ("x", "y")
 
 
@@ -129,6 +162,9 @@ def test_csv_dialects(tmp_path, text):
         ("a,b\n1,2\nx,3\n", "line 3, column 'a': 'x' is not a number"),
         ("a,b\n", "at least two rows"),
         ("a,b\nnan,1\n2,3\n", r"x[0, 0] is nan"),
+        ("a,y\n1,0\n2,\n3,1\n", "line 3, column 'y': '' is not a number"),
+        ("a,y\n1,0\n\n2,?\n3,1\n", "line 4, column 'y': '?' is not a number, as most"),
+        ("a,y\n" + "".join(f"{i},w{i}\n" for i in range(20)), "20 different ones in 20 rows"),
         ("a\n1\n2\n", "there is one column, 'a'"),
         ("a,b\n1,x\n2,x\n", "all targets are x"),
     ],

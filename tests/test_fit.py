@@ -2,7 +2,9 @@
 
 import io
 import os
+import pickle
 import signal
+import sys
 import threading
 import time
 
@@ -231,6 +233,58 @@ def test_a_real_sigint_in_the_middle_of_an_epoch(params):
     assert result.stopped == "interrupted"
     assert time.monotonic() - start < 60
     assert result.history["loss"][-1] < 1.0
+
+
+def test_ctrl_c_never_returns_parameters_that_are_not_finite(params):
+    """Interrupted after NaN came up, but before anybody looked."""
+
+    def update(grads, state, params=None, **extra):
+        return jax.tree.map(lambda g: g * jnp.where(state == 1, jnp.nan, 1.0), grads), state + 1
+
+    poisoned = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros((), int), update)
+    module = sys.modules["jbackprop.train.fit"]  # its name in jb is that of the function
+    task = module._Task(NET, LOSS, poisoned, ())
+    state = module._Run(task, params, X, Y, 50, jax.random.key(0))
+    for b in state._batches(1):
+        state.params, state.opt_state, _ = module._step(
+            task, state.params, state.opt_state, state._x, state._y, b, None
+        )
+    assert not np.isfinite(state.params[0]["w"]).any()
+    state.settle()
+    assert_close(state.params, params, 0)
+
+
+def test_a_callback_may_answer_with_numpys_true(params):
+    result = fit(params, epochs=9, callbacks=[lambda epoch: np.bool_(epoch.number == 2)])
+    assert (result.stopped, len(result.history["loss"])) == ("callback", 2)
+
+
+def test_numpys_integers_are_integers(params):
+    result = fit(params, epochs=np.int64(2), batch_size=np.int32(50))
+    assert len(result.history["loss"]) == 2
+    assert jb.mlp(np.array([4, 8, 3])) == NET
+
+
+def test_one_compilation_for_equal_calls(params):
+    step = sys.modules["jbackprop.train.fit"]._step
+    optimizer = optax.sgd(0.123)
+    before = step._cache_size()
+    for _ in range(3):
+        fit(params, optimizer, batch_size=50)
+    assert step._cache_size() == before + 1
+
+
+def test_the_error_pickles():
+    error = jb.NonFiniteError("what", 3, "where", (np.ones(2),), {"loss": [1.0]})
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.step, again.place) == ("what", 3, "where")
+
+
+def test_a_network_without_parameters(key):
+    result = jb.fit(
+        jb.Tanh(), jb.SquaredError(), (), (X, X), optax.sgd(0.1), epochs=2, key=key, progress=False
+    )
+    assert len(result.history["loss"]) == 2
 
 
 def test_params_and_data_are_left_as_they_are(params):

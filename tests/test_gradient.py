@@ -1,6 +1,8 @@
 """The public calls, in every surrounding that JAX has."""
 
 import dataclasses
+import os
+import subprocess
 import sys
 
 import chex
@@ -497,3 +499,67 @@ def test_optax_takes_the_gradient(params):
     with jax.numpy_dtype_promotion("standard"):  # Optax itself is not strict
         updates, _ = optax.adam(1e-3).update(grads, optax.adam(1e-3).init(params), params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_the_derivative_by_a_weight_is_there_also_where_the_weight_is_0(params):
+    """Influence functions and learning to reweight start at a weight of exactly 0."""
+    x, y = batch()
+    call = jb.value_and_grad(NET, LOSS)
+    zeros = jnp.zeros(7)
+    by_weights = jax.grad(lambda w: call(params, x, y, w)[0])(zeros)
+    assert relative(by_weights, jb.backprop(NET, LOSS, params, x, y).losses) < 1e-13
+    through = jax.jacobian(lambda w: call(params, x, y, w)[1])(zeros)
+    each = each_grad(NET, LOSS, params, x, y)
+    assert_close(jax.tree.map(lambda j: jnp.moveaxis(j, -1, 0), through), each)
+
+
+@pytest.mark.parametrize("weight", [1 / 4096, 1e5])
+def test_weights_in_float16_neither_underflow_nor_overflow(key, weight):
+    n = 4096
+    net, loss = jb.Dense(2, 2), jb.SquaredError()
+    params = jax.tree.map(lambda p: 0 * p.astype("float16"), net.init(key))
+    x, y = jnp.ones((n, 2), "float16"), jnp.full((n, 2), 1e-4, "float16")
+    w = jnp.full(n, weight, "float32").at[2:].set(0.0 if weight > 1 else weight)
+    expected = -1e-4 * float(w.sum())
+    _, grads = jb.value_and_grad(net, loss)(params, x, y, w)
+    np.testing.assert_allclose(grads["b"].astype(float), expected, rtol=3e-3)
+    kept = jb.gradient(jb.backprop(net, loss, params, x, y), w)
+    np.testing.assert_allclose(kept["w"].astype(float), expected, rtol=3e-3)
+
+
+def test_a_kind_kept_under_an_outer_vmap_says_so(params):
+    x, y = batch()
+    stack = jax.vmap(NET.init)(jax.random.split(jax.random.key(3), 4))
+    bps = jax.vmap(lambda p: jb.backprop(NET, LOSS, p, x, y))(stack)
+    with pytest.raises(ValueError, match="kept under an outer vmap"):
+        bps.factored[0]["w"].total()
+    grads = jax.vmap(lambda p: jb.gradient(jb.backprop(NET, LOSS, p, x, y)))(stack)
+    assert_close(grads, jax.vmap(lambda p: truth(p, x, y)[1])(stack), 1e-11)
+
+
+def test_data_parallel_on_four_devices():
+    """The batch sharded over four devices gives one device's numbers."""
+    script = """
+import jax, jax.numpy as jnp, numpy as np, jbackprop as jb
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+mesh = Mesh(np.array(jax.devices()), ("data",))
+net, loss = jb.mlp([6, 8, 3]), jb.SoftmaxCrossEntropy()
+params = net.init(jax.random.key(0))
+x, y = jax.random.normal(jax.random.key(1), (8, 6)), jnp.arange(8) % 3
+put = lambda v: jax.device_put(v, NamedSharding(mesh, P("data")))
+call = jax.jit(jb.value_and_grad(net, loss))
+one, four = call(params, x, y), call(params, put(x), put(y))
+for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four)):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+bp = jb.backprop(net, loss, params, put(x), put(y))
+norms = bp.factored[0]["w"].square_norm()
+plain = jb.backprop(net, loss, params, x, y).factored[0]["w"].square_norm()
+np.testing.assert_allclose(norms, plain, rtol=1e-5)
+print(len(jax.devices()), "devices agree")
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False,
+        env=os.environ | flags, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.strip() == "4 devices agree", done.stderr

@@ -145,6 +145,38 @@ def test_positions_are_averaged_and_ignored_ones_do_not_count():
         assert relative(other.delta(z, real), grad) < 1e-14
 
 
+@pytest.mark.parametrize("s", [0.0, 0.2])
+@pytest.mark.parametrize("w", [None, W])
+def test_all_options_over_positions_written_out_in_numpy(s, w):
+    z, y = rng.normal(size=(3, 5, Q)), rng.integers(0, Q, size=(3, 5))
+    loss = jb.SoftmaxCrossEntropy(s, w, ignore_index=1)
+    log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    t = np.array(w or [1.0] * Q) * ((1 - s) * np.eye(Q)[y] + s / Q)
+    counted = y != 1
+    expected = (-(t * log_p).sum(-1) * counted).sum(1) / counted.sum(1)
+    delta = t.sum(-1, keepdims=True) * np.exp(log_p) - t
+    delta = delta * counted[..., None] / counted.sum(1).reshape(3, 1, 1)
+    assert relative(loss.value(jnp.asarray(z), jnp.asarray(y)), expected) < 1e-13
+    assert relative(loss.delta(jnp.asarray(z), jnp.asarray(y)), delta) < 1e-13
+
+
+def test_probabilities_over_positions():
+    a = jnp.asarray(special.softmax(rng.normal(size=(3, 5, Q)), axis=-1))
+    y = jnp.asarray(special.softmax(rng.normal(size=(3, 5, Q)), axis=-1))
+    loss = jb.CrossEntropy()
+    assert relative(loss.value(a, y), -(y * np.log(a)).sum(-1).mean(1)) < 1e-14
+    assert relative(loss.delta(a, y), -y / a / 5) < 1e-14
+
+
+def test_an_ignored_place_is_not_there_even_if_it_is_nan():
+    z = jnp.asarray(Z).at[2].set(jnp.nan)
+    y = jnp.asarray(LABELS).at[2].set(-1)
+    for s in (0.0, 0.1):
+        loss = jb.SoftmaxCrossEntropy(s, ignore_index=-1)
+        assert bool(jnp.all(jnp.isfinite(loss.value(z, y))))
+        assert not np.any(np.asarray(loss.delta(z, y))[2])
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", [n for n in REFERENCE if n != "poisson"])
 def test_extreme_net_inputs_are_finite_and_right(name, dtype):

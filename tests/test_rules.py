@@ -242,6 +242,21 @@ def test_a_wrong_derivative_is_found(activation, dtype, key):
     assert "WRONG" in str(verdict)
 
 
+def test_a_gradient_that_is_zero_by_nature_is_no_error(key):
+    """Inputs in pairs x, -x with odd targets: the bias gradients cancel."""
+    net, loss = jb.mlp([2, 3, 1]), jb.SquaredError()
+    half = jax.random.normal(key, (4, 2))
+    x = jnp.concatenate([half, -half])
+    y = jnp.sum(jnp.sin(x), axis=1, keepdims=True)
+    params = jax.tree.map(lambda p: p + 0.0, net.init(key))
+    for dtype in ("float64", "float32"):
+        verdict = jb.check.network(net, loss, params, x, y, dtype)
+        assert verdict.ok, str(verdict)
+        assert max(row.tolerance for row in verdict.rows) < 1e-3
+    net = jb.Sequential(jb.Dense(2, 3), jb.Tanh(), BiasTwice(3, 1))
+    assert not jb.check.network(net, loss, params, half, y[:4]).ok
+
+
 class Untransposed(jb.Dense):
     def backward(self, params, trace, delta):
         _, pairs = super().backward(params, trace, delta)

@@ -35,6 +35,10 @@ def mlp(
         )
     hidden = len(sizes) - 2
     activation = Tanh() if activation is None else activation
+    if isinstance(activation, type):
+        raise TypeError(
+            f"mlp: activation is the class {activation.__name__}; make an instance: add ()"
+        )
     each = [activation] * hidden if isinstance(activation, Node) else list(activation)
     if len(each) != hidden:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +71,9 @@ class Dense(Layer):
     def __post_init__(self) -> None:
         for name in ("p", "q"):
             size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            if hasattr(size, "__index__") and not isinstance(size, bool):
+                object.__setattr__(self, name, operator.index(size))  # NumPy's integers too
+            if not isinstance(getattr(self, name), int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"Dense({self.p}, {self.q}): {name} must be an int of at least 1")
 
     def __repr__(self) -> str:

@@ -16,7 +16,8 @@ from jbackprop.factored import wide_dtype
 class Loss(abc.ABC):
     """The cost of each example, and its delta: the gradient with respect to the loss's input z.
 
-    For a user's own: subclass as a frozen dataclass and give `value` and `delta`. Losses ship with
+    For a user's own: subclass as a frozen dataclass (compiled programs take its attributes to be
+    constants) and give `value` and `delta`. Losses ship with
     one convention: the cost of an example *sums* over the last axis (outputs, classes) and is the
     *mean* over the axes between the batch and the last (positions), of which there often are none.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +55,13 @@ class SoftmaxCrossEntropy(Canonical):
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be from 0 to 1, not {self.label_smoothing}")
         if self.class_weights is not None:
+            if isinstance(self.class_weights, Mapping | str) or not isinstance(
+                self.class_weights, Iterable
+            ):
+                raise TypeError(
+                    "class_weights must be a sequence with one number for each class, in their "
+                    f"order, not {self.class_weights!r}"
+                )
             weights = tuple(float(w) for w in self.class_weights)
             object.__setattr__(self, "class_weights", weights)
             if not all(0 <= w < np.inf for w in weights):
@@ -79,8 +87,12 @@ class SoftmaxCrossEntropy(Canonical):
     def error(self, z: Array, y: _Targets) -> Array:
         mass = y.mass[..., None]
         if y.labels is None:
-            return mass * self.mean(z) - y.t
-        return mass * (self.mean(z) - jax.nn.one_hot(y.labels, z.shape[-1], dtype=z.dtype))
+            error = mass * self.mean(z) - y.t
+        else:
+            error = mass * (self.mean(z) - jax.nn.one_hot(y.labels, z.shape[-1], dtype=z.dtype))
+        if self.ignore_index is None and self.class_weights is None:
+            return error
+        return jnp.where(mass == 0, 0, error)  # nothing is expected there, not even finite z
 
     def targets(self, z: Array, y: Any) -> _Targets:
         """The target weights; over T positions times T / (number of places that count)."""
@@ -114,6 +126,8 @@ class SoftmaxCrossEntropy(Canonical):
         return _Targets(None, t, jnp.sum(t, axis=-1))
 
     def check(self, z_shape: tuple[int, ...], y: Any) -> None:
+        if len(z_shape) < 2:
+            raise ValueError(f"{self} needs outputs (B, ..., classes), not {z_shape}")
         y_shape, classes = tuple(jnp.shape(y)), z_shape[-1]
         if self.class_weights is not None and len(self.class_weights) != classes:
             raise ValueError(

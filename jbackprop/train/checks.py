@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ def check_data(name: str, net: Node, loss: Loss, params: PyTree, data: Any) -> t
     for part, tree in (("x", x), ("y", y)):
         for leaf in jax.tree.leaves(tree):
             _check_finite(name, part, leaf)
-    x = jax.tree.map(lambda leaf: _to(leaf, dtype), x)
+    x = jax.tree.map(lambda leaf: _to(name, leaf, dtype), x)
     outputs = jax.eval_shape(lambda p, x: forward(net, p, x)[0], params, x)
     loss.check(outputs.shape, y)
     return x, y
@@ -42,7 +43,7 @@ def check_batch_size(batch_size: int | None, n: int) -> int:
     """The size of a batch, all n for None."""
     if batch_size is None:
         return n
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+    if not hasattr(batch_size, "__index__") or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(
             f"batch_size must be at least 1, or None for the whole data at once; got {batch_size!r}"
         )
@@ -51,7 +52,7 @@ def check_batch_size(batch_size: int | None, n: int) -> int:
             f"batch_size is {batch_size}, but there are only {n} training examples; "
             "None takes them all at once"
         )
-    return batch_size
+    return operator.index(batch_size)
 
 
 def _check_finite(name: str, part: str, values: np.ndarray) -> None:
@@ -68,5 +69,10 @@ def _check_finite(name: str, part: str, values: np.ndarray) -> None:
         )
 
 
-def _to(leaf: np.ndarray, dtype: Any) -> np.ndarray:
-    return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+def _to(name: str, leaf: np.ndarray, dtype: Any) -> np.ndarray:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    largest, value = float(jnp.finfo(dtype).max), float(np.max(np.abs(leaf), initial=0))
+    if value > largest:
+        raise ValueError(f"{name}: x has the value {value:.3g}, too large for {dtype} parameters")
+    return leaf.astype(dtype)

@@ -46,8 +46,12 @@ class EarlyStopping:
     min_delta: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise ValueError(f"EarlyStopping: patience must be at least 1, not {self.patience}")
+        if not hasattr(self.patience, "__index__") or self.patience < 1:
+            raise ValueError(
+                f"EarlyStopping: patience must be an int of at least 1, not {self.patience}"
+            )
+        if not self.min_delta >= 0:
+            raise ValueError(f"EarlyStopping: min_delta must not be negative: {self.min_delta}")
 
     def better(self, value: float, best: float | None) -> bool:
         """Whether value improves on the best so far; NaN never does."""
@@ -109,6 +113,9 @@ class NonFiniteError(FloatingPointError):
         super().__init__(message)
         self.step, self.place, self.params, self.history = step, place, params, history
 
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.step, self.place, self.params, self.history)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
@@ -116,7 +123,7 @@ class _Task:
 
     net: Node
     loss: Loss
-    optimizer: optax.GradientTransformationExtraArgs
+    optimizer: optax.GradientTransformation
     metrics: tuple[tuple[str, Metric], ...]
 
     @property
@@ -159,7 +166,8 @@ def fit(
             layers that draw.
         validation: (x, y) to evaluate on after each epoch.
         metrics: by name, functions (outputs, targets) -> (B,); see `jbackprop.metrics`.
-        callbacks: each is called with an `Epoch` after every epoch; one that returns True stops.
+        callbacks: each is called with an `Epoch` after every epoch; training stops when one returns
+            something true.
         early_stopping: when to stop; the best parameters are then returned.
         progress: whether to show progress on stderr; None: a bar for a terminal or a notebook,
             lines for a log file.
@@ -176,16 +184,24 @@ def fit(
     held_out = validation and check_data("validation", net, loss, params, validation)
     n = len(jax.tree.leaves(y)[0])
     size = check_batch_size(batch_size, n)
-    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+    if not hasattr(epochs, "__index__") or isinstance(epochs, bool) or epochs < 1:
         raise ValueError(f"epochs must be an int of at least 1, not {epochs!r}")
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(f"optimizer must be one of Optax's, such as optax.adam(1e-3): {optimizer}")
     names = tuple((metrics or {}).items())
     if "loss" in dict(names):
         raise ValueError("a metric cannot be called 'loss': in the history the loss has that name")
-    task = _Task(net, loss, optax.with_extra_args_support(optimizer), names)
+    recorded = ["loss", *dict(names)]
+    recorded += [f"validation_{name}" for name in recorded] if held_out else []
+    if early_stopping and early_stopping.monitor not in recorded:
+        raise ValueError(
+            f"EarlyStopping watches {early_stopping.monitor!r}, but the history will have "
+            f"{', '.join(recorded)}; give validation data, or another monitor"
+        )
+    task = _Task(net, loss, optimizer, names)
     run = _Run(task, params, x, y, size, key)
     keeper = _Keeper(early_stopping, params)
+    hooks = tuple(callbacks)
     history: dict[str, list[float]] = {}
     bar = Progress(epochs, progress)
     stopped = "finished"
@@ -200,7 +216,7 @@ def fit(
                 history.setdefault(name, []).append(value)
             bar.epoch(number, values)
             seen = Epoch(number, run.params, run.opt_state, history)
-            if [True for callback in callbacks if callback(seen) is True]:  # call every one
+            if any([bool(callback(seen)) for callback in hooks]):  # noqa: C419, call every one
                 stopped = "callback"
                 break
             if keeper.exhausted(number):
@@ -208,6 +224,7 @@ def fit(
                 break
     except KeyboardInterrupt:
         stopped = "interrupted"
+        run.settle()
     finally:
         bar.close()
     best = keeper.params if early_stopping and keeper.epoch else run.params
@@ -225,11 +242,6 @@ class _Keeper:
     def look(self, number: int, values: Mapping[str, float], params: PyTree) -> None:
         if self.rule is None:
             return
-        if self.rule.monitor not in values:
-            raise ValueError(
-                f"EarlyStopping watches {self.rule.monitor!r}, but the history has "
-                f"{', '.join(values)}; give validation data, or another monitor"
-            )
         value = values[self.rule.monitor]
         if self.rule.better(value, self._best):
             self._best, self.params, self.epoch = value, params, number
@@ -248,6 +260,7 @@ class _Run:
         self._step = 0
         self.params = jax.tree.map(jnp.asarray, params)
         self.opt_state = task.optimizer.init(self.params)
+        self._sound = (self.params, self.opt_state)
 
     def epoch(self, number: int, history: Any) -> dict[str, float]:
         """Go through the data once; the means over its examples of the loss and the metrics."""
@@ -293,6 +306,12 @@ class _Run:
                 sums[name] = sums.get(name, 0.0) + size * float(mean)
         if waiting and not _all_finite(self.params):
             self._explain(waiting, before, history)
+        self._sound = (self.params, self.opt_state)
+
+    def settle(self) -> None:
+        """After an interruption: back to the last parameters looked at, if these are not finite."""
+        if not _all_finite(self.params):
+            self.params, self.opt_state = self._sound
 
     def _explain(self, waiting: list[tuple[Any, Any]], before: Any, history: Any) -> None:
         """Take the steps again, one by one, up to the one that went wrong, and say where."""
@@ -308,6 +327,8 @@ class _Run:
                 continue
             x, y = _take(self._x, batch), _take(self._y, batch)
             place = first_nonfinite(self._task.net, self._task.loss, params, x, y, key)
+            if place is None and not math.isfinite(loss):
+                place = f"the mean of the costs ({self._task.loss}), which overflows"
             place = place or "the optimizer's update: the gradient is finite"
             what = (
                 f"the loss became {loss}" if not math.isfinite(loss) else "the update is not finite"
@@ -323,7 +344,7 @@ class _Run:
 
 
 def _all_finite(tree: PyTree) -> bool:
-    return bool(_finite(tree))
+    return not jax.tree.leaves(tree) or bool(_finite(tree))
 
 
 @jax.jit
@@ -348,7 +369,7 @@ def _step(
     def value_fn(params: PyTree) -> Array:  # for optimizers that search along a line
         return jnp.mean(task.loss.value(forward(task.net, params, x, key)[0], y))
 
-    updates, opt_state = task.optimizer.update(
+    updates, opt_state = optax.with_extra_args_support(task.optimizer).update(
         grads, opt_state, params, value=value, grad=grads, value_fn=value_fn
     )
     means = {"loss": value} | {k: jnp.mean(v) for k, v in _measure(task.metrics, outputs, y)}
@@ -358,7 +379,7 @@ def _step(
 def _measure(metrics: Any, outputs: Any, y: Any) -> Iterator[tuple[str, Array]]:
     for name, metric in metrics:
         values = metric(outputs, y)
-        if jnp.ndim(values) != 1:
+        if jnp.shape(values) != jax.tree.leaves(y)[0].shape[:1]:
             raise ValueError(
                 f"metric {name!r} must give one number for each example, (B,), not the shape "
                 f"{jnp.shape(values)}; see jbackprop.metrics"
