@@ -20,7 +20,7 @@ from tqdm import tqdm
 from jbackprop import bench
 
 
-def main(path: str | None = None, rounds: int = 200, seconds: float = 20.0) -> None:
+def main(path: str | None = None, rounds: int = 200, seconds: float = 12.0) -> None:
     """Measure all workloads, print the table, and save it if a path is given."""
     loads = tqdm(bench.WORKLOADS, unit="workload", disable=not sys.stderr.isatty())
     results = list(bench.run(loads, rounds=rounds, seconds=seconds))
