@@ -182,3 +182,33 @@ def test_kinds_are_pytrees_with_static_places():
     assert jax.tree.unflatten(tree, leaves).place == pair.place
     doubled = jax.jit(lambda p: jax.tree.map(lambda v: 2 * v, p))(pair)
     assert relative(doubled.total(), 4 * pair.total()) < 1e-14
+
+
+def test_nested_scans_keep_the_order_of_their_copies():
+    pair = KINDS["outer"]
+    inner = [jax.tree.map(lambda v, k=k: (k + 1) * v, pair) for k in range(3)]
+    outer_copies = [
+        jax.tree.map(lambda *v, s=s: s * jnp.stack(v), *inner).stacked() for s in (1, 10)
+    ]
+    both = jax.tree.map(lambda *v: jnp.stack(v), *outer_copies).stacked()
+    each = jnp.stack([c.each() for c in outer_copies], axis=1)
+    assert both.each().shape == (B, 2, 3, 3, 4)
+    assert relative(both.each(), each) < 1e-14
+    assert relative(both.total(), each.sum(0)) < 1e-14
+
+
+def test_the_canonical_forms_of_differently_placed_pairs_are_not_compared():
+    square = outer(1, 1, 4, 4)
+    steps = (("transpose", (1, 0)),)
+    turned = outer(1, 1, 4, 4, shape=(4, 4), steps=steps, seed=3)
+    a = explicit(square).reshape(B, -1)
+    b = explicit(turned).reshape(B, 4, 4).transpose(0, 2, 1).reshape(B, -1)
+    assert relative(square.dot(turned), (a * b).sum(1)) < 1e-13
+    assert relative(turned.gram(square), b @ a.T) < 1e-13
+
+
+def test_full_sums_in_float32():
+    g = jnp.full((4096, 3), 3.0, "bfloat16")
+    pair = jb.Full(g, "a test", jb.Place((3,), jnp.dtype("bfloat16")))
+    np.testing.assert_array_equal(pair.total(), np.full(3, 3.0 * 4096))
+    np.testing.assert_array_equal(pair.total(jnp.ones(4096)), np.full(3, 3.0 * 4096))

@@ -563,3 +563,52 @@ print(len(jax.devices()), "devices agree")
         env=os.environ | flags, timeout=300,
     )  # fmt: skip
     assert done.stdout.strip() == "4 devices agree", done.stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchLike(jb.Layer):
+    """z = W x with W (q, p): its pair leads back through a transpose."""
+
+    p: int
+    q: int
+    reads = ("x",)
+
+    def init(self, key):
+        return jax.random.normal(key, (self.q, self.p))
+
+    def forward(self, w, x, key=None):
+        return w @ x, None
+
+    def backward(self, w, trace, delta):
+        return delta @ w, jb.Outer.of(trace.x, delta, steps=(("transpose", (1, 0)),))
+
+
+def test_steps_go_through_the_sweep(key):
+    net = jb.Sequential(TorchLike(6, 4), jb.Tanh(), TorchLike(4, 3))
+    x, y = batch()
+    params = net.init(key)
+    assert jb.check.network(net, LOSS, params, x, y).ok
+    each = each_grad(net, LOSS, params, x, y)
+    bp = jb.backprop(net, LOSS, params, x, y)
+    for i in (0, 2):
+        assert relative(bp.factored[i].each(), each[i]) < 1e-13
+
+
+def test_mixed_dtypes_follow_their_owners(key):
+    """bfloat16 inputs with float32 parameters: each gradient in the dtype of what it is of."""
+    net = jb.mlp([6, 4, 3])
+    params = jax.tree.map(lambda p: p.astype("float32"), net.init(key))
+    x, y = batch()
+    with jax.numpy_dtype_promotion("standard"):
+        half = x.astype("bfloat16")
+        bp = jb.backprop(net, LOSS, params, half, y)
+        assert bp.delta_x.dtype == jnp.bfloat16
+        assert {g.dtype for g in jax.tree.leaves(jb.gradient(bp))} == {jnp.dtype("float32")}
+        by_x = jax.grad(lambda x: jnp.mean(LOSS.value(jb.as_function(net)(params, x), y)))(half)
+        assert by_x.dtype == jnp.bfloat16
+        truth = jax.grad(lambda x: mean_cost(net, LOSS, params, x, y))(half)
+        assert relative(by_x.astype(float), truth.astype(float)) < 0.01
+    low = jax.tree.map(lambda p: p.astype("bfloat16"), params)
+    f = jb.as_function(net)
+    grads = jax.grad(lambda p: jnp.sum(f(p, half).astype("float32")))(low)
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("bfloat16")}
