@@ -297,3 +297,16 @@ def test_options_that_make_no_sense(make, message):
 
 def test_the_catalogue_tries_every_kind_of_target():
     assert len({(type(loss), targets) for loss, targets, _ in catalogue.LOSSES}) >= 9
+
+
+def test_log_loss_of_a_sure_and_right_prediction_keeps_its_digits():
+    z, y = jnp.asarray([[30.0], [-30.0]]), jnp.asarray([[1.0], [0.0]])
+    value = jb.SigmoidCrossEntropy().value(z, y)
+    np.testing.assert_allclose(value, np.log1p(np.exp(-30.0)), rtol=1e-14)
+
+
+def test_predictions_in_half_precision_are_rounded_once():
+    z = jnp.asarray(Z, "bfloat16")
+    for loss in (jb.SoftmaxCrossEntropy(), jb.SigmoidCrossEntropy(), jb.PoissonNLL()):
+        wide = loss.predict(z.astype("float32")).astype("bfloat16")
+        np.testing.assert_array_equal(loss.predict(z).astype(float), wide.astype(float))
