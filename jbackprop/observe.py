@@ -104,11 +104,13 @@ def activations(
 def _activations(net: Node, params: PyTree, x: Any, key: Array | None) -> list[Seen]:
     observed, _ = rebuild(net, params, lambda path, layer, own: (Observed(layer, path), own))
     _, saved = forward(observed, params, x, key)
-    return [
-        leaf
-        for leaf in jax.tree.leaves(saved, is_leaf=lambda node: isinstance(node, Seen))
-        if isinstance(leaf, Seen)
-    ]
+    return seen_in(saved)
+
+
+def seen_in(saved: Any) -> list[Seen]:
+    """Every `Seen` in what a forward sweep saved, in forward order."""
+    leaves = jax.tree.leaves(saved, is_leaf=lambda node: isinstance(node, Seen))
+    return [leaf for leaf in leaves if isinstance(leaf, Seen)]
 
 
 def tapped(net: Node, params: PyTree, x: Any) -> tuple[Node, PyTree]:

@@ -12,7 +12,7 @@ from jax import Array
 
 from jbackprop.factored import PyTree
 from jbackprop.layers import Elementwise, Identity
-from jbackprop.observe import Seen
+from jbackprop.observe import Seen, seen_in
 from jbackprop.sweep import Layer, Node, Trace, forward, rebuild, walk
 from jbackprop.table import render
 
@@ -89,8 +89,7 @@ def _slopes(net: Node, params: PyTree, x: Any) -> list[Seen]:
         return (_Sloped(layer, path) if ours else layer), own
 
     _, saved = forward(*rebuild(net, params, sloped), x)
-    leaves = jax.tree.leaves(saved, is_leaf=lambda node: isinstance(node, Seen))
-    return [leaf for leaf in leaves if isinstance(leaf, Seen)]
+    return seen_in(saved)
 
 
 @dataclasses.dataclass(frozen=True)
