@@ -1,0 +1,2 @@
+from planted import Right
+RIGHT: tuple[Right, ...] = ()

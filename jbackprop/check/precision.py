@@ -1,0 +1,198 @@
+"""Dtypes: a float64 context, casts, and how much rounding a program may have."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbackprop.factored import PyTree, wide_dtype
+
+FLOOR64 = 1e-12
+"""The least tolerance: the truth is computed in float64, and has rounding errors of its own."""
+
+
+@contextlib.contextmanager
+def x64() -> Iterator[None]:
+    """Float64 inside, whatever the global flag; the flag is as it was afterwards."""
+    home: Any = jax if hasattr(jax, "enable_x64") else jax.experimental  # where it used to be
+    with home.enable_x64(True):
+        yield
+
+
+@contextlib.contextmanager
+def exactly() -> Iterator[None]:
+    """Where truth is computed: float64, and constants in other dtypes may be promoted to it."""
+    with x64(), jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision("highest"):
+        yield
+
+
+@contextlib.contextmanager
+def as_given(dtype: Any) -> Iterator[None]:
+    """Where something is computed in its own dtype; no matmul in less (TF32) than it says."""
+    with contextlib.ExitStack() as stack:
+        if dtype == jnp.float64:
+            stack.enter_context(x64())
+        stack.enter_context(jax.default_matmul_precision("highest"))
+        yield
+
+
+def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
+    """f under jit; or as it is, where Python's own control flow in it looks at values."""
+    fast = jax.jit(f)
+
+    def call(*args: Any) -> Any:
+        try:
+            return fast(*args)
+        except jax.errors.ConcretizationTypeError:
+            with jax.disable_jit():  # lax.map and the like as Python loops, too
+                return f(*args)
+
+    return call
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether a leaf is an array or number of a real floating-point dtype."""
+    if isinstance(leaf, bool | int | str | bytes) or leaf is None or callable(leaf):
+        return False
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def cast(tree: PyTree, dtype: Any) -> PyTree:
+    """Floating-point leaves to dtype; the others as they are."""
+    return jax.tree.map(lambda v: v.astype(dtype) if is_float(v) else v, tree)
+
+
+def float64(leaf: Any) -> np.ndarray:
+    """A concrete array as NumPy's float64."""
+    return np.asarray(leaf).astype(np.float64)
+
+
+def coarsest(dtypes: list[Any]) -> Any:
+    """The dtype of the largest unit roundoff."""
+    return max(map(jnp.dtype, dtypes), key=lambda dtype: float(jnp.finfo(dtype).eps))
+
+
+def coarsest_within(jaxpr: Any) -> Any:
+    """The coarsest floating-point dtype that a program computes anything in; float64 at best."""
+    found = [jnp.dtype("float64")]
+    for eqn in jaxpr.eqns:
+        dtypes = (getattr(v.aval, "dtype", None) for v in eqn.outvars)
+        found += [d for d in dtypes if d is not None and jnp.issubdtype(d, jnp.floating)]
+        found += map(coarsest_within, subprograms(eqn))
+    return coarsest(found)
+
+
+def roundoff(dtype: Any) -> float:
+    """The unit roundoff: half of eps."""
+    return float(jnp.finfo(dtype).eps) / 2
+
+
+def ulps(candidate: float, truth: float, dtype: Any) -> float:
+    """|candidate - truth| in units in the last place of the truth."""
+    info = jnp.finfo(dtype)
+    exponent = math.frexp(abs(truth))[1] - 1 if truth else -math.inf
+    unit = max(math.ldexp(float(info.eps), exponent) if truth else 0.0, float(info.tiny * info.eps))
+    return abs(candidate - truth) / unit if unit else math.nan
+
+
+_MOVES = frozenset(
+    "broadcast_in_dim reshape transpose squeeze slice dynamic_slice gather concatenate pad rev "
+    "copy copy_p stop_gradient select_n neg convert_element_type expand_dims split iota eq lt gt "
+    "ge le ne and or not sign max min reduce_max reduce_min argmax argmin sharding_constraint "
+    "optimization_barrier real imag clamp floor ceil round abs device_put pvary".split()
+)
+
+
+def rounding(fun: Callable[..., Any], *args: Any) -> list[tuple[int, int]]:
+    """For each output of fun the longest chains that lead to it: (roundings, terms summed).
+
+    Args:
+        fun: traced, not run.
+        args: arrays, or shapes.
+
+    Returns:
+        The number of operations that round one after the other, and the sum of the lengths of the
+        reductions among them.
+    """
+    closed = jax.make_jaxpr(fun)(*args)
+    return _chains(closed.jaxpr, [(0, 0)] * len(closed.jaxpr.invars))
+
+
+def allowed(chain: tuple[int, int], dtype: Any) -> float:
+    """The relative error that so much rounding may leave: random in sign, so that roots add.
+
+    Four units for each root: u sqrt(roundings) + u' sqrt(terms), u' in float32 at least, in which
+    sums are kept.
+    """
+    rounds, terms = chain
+    found = 4 * roundoff(dtype) * math.sqrt(rounds + 1)
+    if roundoff(dtype) > roundoff("float32"):
+        found /= 2  # each entry is rounded once more at the end, and to few digits
+    found += 4 * roundoff(wide_dtype(jnp.dtype(dtype))) * math.sqrt(terms)
+    return max(found, FLOOR64)
+
+
+def _chains(jaxpr: Any, given: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    at: dict[Any, tuple[int, int]] = dict(zip(jaxpr.invars, given, strict=True))
+
+    def of(v: Any) -> tuple[int, int]:
+        return (0, 0) if hasattr(v, "val") else at.get(v, (0, 0))
+
+    for eqn in jaxpr.eqns:
+        before = [of(v) for v in eqn.invars]
+        rounds, terms = (max((b[i] for b in before), default=0) for i in (0, 1))
+        inner = subprograms(eqn)
+        if inner:
+            start = (
+                before if len(inner[0].invars) == len(before) else
+                [(rounds, terms)] * len(inner[0].invars)
+            )  # fmt: skip
+            ends = _chains(inner[0], start) or [(rounds, terms)]
+            times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+            most = tuple(max(end[i] for end in ends) for i in (0, 1))
+            whole = (
+                rounds + times * max(most[0] - rounds, 0), terms + times * max(most[1] - terms, 0)
+            )  # fmt: skip
+            same = times == 1 and len(ends) == len(eqn.outvars)
+            after = ends if same else [whole] * len(eqn.outvars)
+        else:
+            step = 0 if eqn.primitive.name in _MOVES else 1
+            after = [(rounds + step, terms + _summed(eqn))] * len(eqn.outvars)
+        at |= dict(zip(eqn.outvars, after, strict=True))
+    return [of(v) for v in jaxpr.outvars]
+
+
+def subprograms(eqn: Any) -> list[Any]:
+    """The programs (jaxprs) that an operation calls: a scan's body, what a jit holds, ..."""
+    values = [
+        item
+        for value in eqn.params.values()
+        for item in (value if isinstance(value, tuple | list) else (value,))
+    ]
+    found = (getattr(item, "jaxpr", item) for item in values)
+    return [item for item in found if hasattr(item, "eqns")]
+
+
+def _summed(eqn: Any) -> int:
+    """How many terms an operation adds up to one number."""
+    name, size = eqn.primitive.name, [math.prod(getattr(v.aval, "shape", ())) for v in eqn.invars]
+    if name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+    if name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        return size[1] // max(kernel[eqn.params["dimension_numbers"].rhs_spec[0]], 1)
+    if name in ("reduce_sum", "reduce_prod", "add_any") or name.startswith("cum"):
+        out = math.prod(eqn.outvars[0].aval.shape)
+        return size[0] // max(out, 1) if not name.startswith("cum") else max(
+            eqn.invars[0].aval.shape, default=1
+        )  # fmt: skip
+    if name.startswith("scatter"):
+        return max(1, size[-1] // max(size[0], 1))
+    return 0

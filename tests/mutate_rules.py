@@ -1,0 +1,291 @@
+"""Mutation test: every hand-written rule is made wrong, one place at a time, and a test must notice.
+
+python tests/mutate_rules.py [--only TEXT ...] [--sample N] [--list]
+
+A mutant is one change in the source of one rule: a factor or a term dropped, a sign or a comparison
+turned, operands swapped, f' taken of the wrong argument, a constant or an axis moved, a reduction,
+a cast or a keyword left out. It is compiled and put in the place of the rule's code, all that JAX
+has traced is forgotten, and tests of `make test` run until one fails. A mutant that none notices is
+a survivor, and the exit status is 1. What computes the same is in `EQUIVALENT`, with the reason.
+"""
+
+import argparse
+import ast
+import contextlib
+import fnmatch
+import importlib
+import inspect
+import io
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import pytest
+
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "jbackprop"
+
+RULES = {
+    "layers/activations.py": "*.slope *.backward",
+    "layers/elementwise.py": "*.slope *.backward",
+    "layers/dense.py": "Dense.backward",
+    "layers/softmax.py": "Softmax.backward",
+    "layers/autodiff.py": "Autodiff.backward",
+    "losses/base.py": "positions Loss.value_and_delta",
+    "losses/canonical.py": "*delta *.error *.mean",
+    "losses/softmax.py": "*.error *.mean *.targets *._spread",
+    "losses/other.py": "*.delta",
+    "compose/sequential.py": "Sequential.backward",
+    "sweep.py": "backward _layer_backward leafwise",
+    "factored.py": "*.total *.each *.square_norm *.second_moment *.dot *.gram *.stacked *.restore"
+    " *.of *._summed *._same_form _add _column _depth_into_groups _einsum _flat _stacked_place"
+    " _wide_square present weighted wide_dtype",
+}
+"""The rules of each file, as patterns of qualified names."""
+
+KINDS = "test_factored.py", ""
+GRADIENT = "test_gradient.py", "collect|transport|composite|ids|hands_out|steps|dtypes|weight"
+KILLERS = {
+    "layers/": [("test_rules.py", r"(slope|gradient|linear|loop|question|adjoint).*\[OWNER\(")],
+    "losses/": [("test_losses.py", ""), ("test_rules.py", r"(gradient|question).*\[OWNER\(")],
+    "compose/": [("test_rules.py", r"(gradient|question).*\[Sequential"), GRADIENT],
+    "sweep.py": [("test_rules.py", r"(gradient|question).*\[(Dense|Sequential)"), GRADIENT],
+    "factored.py": [KINDS, ("test_rules.py", r"(gradient|question).*\[Dense"), GRADIENT],
+}
+"""Files of tests, and which of their tests, for the rules of each folder; OWNER is the class."""
+
+EQUIVALENT: dict[tuple[str, str], str] = {}
+"""(before, after), or (before, "") for all within it: why it computes the same."""
+
+TURNED: dict[type, list[type]] = {
+    ast.Gt: [ast.GtE, ast.Lt], ast.GtE: [ast.Gt, ast.LtE], ast.Lt: [ast.LtE, ast.Gt],
+    ast.LtE: [ast.Lt, ast.GtE], ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot],
+    ast.IsNot: [ast.Is], ast.In: [ast.NotIn], ast.Add: [ast.Sub], ast.Sub: [ast.Add],
+    ast.Div: [ast.Mult], ast.BitAnd: [ast.BitOr], ast.And: [ast.Or], ast.Or: [ast.And],
+}  # fmt: skip
+CONFUSED = {
+    "z": "a", "a": "z delta", "x": "y delta", "y": "x", "delta": "a x", "alpha": "beta",
+    "beta": "alpha", "t": "s", "s": "t", "i": "o", "o": "i", "params": "carry", "carry": "params",
+    "own": "transports", "transports": "own auxes", "auxes": "transports",
+    "transport": "aux", "aux": "transport",
+}  # fmt: skip
+MISTAKEN = {
+    "x": "y", "y": "x", "a": "delta", "delta": "a", "maximum": "minimum", "add": "subtract",
+    "ones": "zeros", "zeros": "ones", "exp": "expm1", "expm1": "exp",
+}  # fmt: skip
+NEGATED = "slope _delta error mean delta each total square_norm second_moment dot gram weighted"
+LEFT_OUT = (
+    "sum square maximum where clip abs exp expm1 tanh erf logistic softmax broadcast_to moveaxis"
+    " astype reshape present weighted restore reversed mean _bounded _depth_into_groups"
+    " _stacked_place"
+)
+SWAPPED = "of where _einsum dot_general Trace backward slope collect rule _layer_backward error"
+
+
+class Mutant(NamedTuple):
+    """One change of a module's tree: `holder[key]`, in one of its nodes, becomes `new`."""
+
+    file: str
+    rule: str
+    line: int
+    before: str
+    after: str
+    reason: str  # why it computes the same
+    change: tuple[ast.Module, Any, Any, ast.AST]
+
+    def __str__(self):
+        return f"{self.file} {self.rule}: {self.before} -> {self.after}"
+
+
+def wrong(node, rule, names):
+    """What may stand in the place of a node, and should not."""
+    match node:
+        case ast.BinOp(left, op, right):
+            yield from (left, right)
+            yield from (ast.BinOp(left, other(), right) for other in TURNED.get(type(op), []))
+            if isinstance(op, ast.Sub | ast.Div | ast.MatMult):
+                yield ast.BinOp(right, op, left)
+        case ast.UnaryOp(_, operand):
+            yield operand
+        case ast.BoolOp(op, values):
+            yield ast.BoolOp(TURNED[type(op)][0](), values)
+            yield from (ast.BoolOp(op, [w for w in values if w is not v]) for v in values)
+        case ast.Compare(left, ops, rights):
+            for i, op in enumerate(ops):
+                for other in TURNED[type(op)]:
+                    yield ast.Compare(left, [*ops[:i], other(), *ops[i + 1 :]], rights)
+        case ast.IfExp(_, body, orelse):
+            yield from (body, orelse)
+        case ast.If(ast.Name() | ast.Attribute() | ast.Call() as test, body, orelse):
+            yield ast.If(ast.UnaryOp(ast.Not(), test), body, orelse)
+        case ast.Return(value) if rule.split(".")[-1] in NEGATED.split():
+            yield ast.Return(ast.UnaryOp(ast.USub(), value))
+        case ast.Constant(bool(value)):
+            yield ast.Constant(not value)
+        case ast.Constant(int(value)):
+            yield ast.Constant(value - 1 if value else 1)
+        case ast.Constant(float(value)):
+            yield ast.Constant(1.001 * value)
+        case ast.Constant("x" | "y" as value):
+            yield ast.Constant("y" if value == "x" else "x")
+        case ast.Constant(str(value)) if "->" in value:
+            given, result = value.split("->")
+            yield from (ast.Constant(f"{given}->{r}") for r in (result[::-1], result[:-1]))
+        case ast.Name(name, ast.Load()):
+            others = CONFUSED.get(name, "").split()
+            yield from (ast.Name(n, ast.Load()) for n in others if n in names)
+        case ast.Attribute(value, name, ast.Load()) if name in MISTAKEN:
+            yield ast.Attribute(value, MISTAKEN[name], ast.Load())
+        case ast.Call(func, args, keywords):
+            what = ast.unparse(func).split(".")[-1].strip("()")
+            if what in LEFT_OUT.split():
+                inner = [func.value] if what in ("astype", "reshape") else args[what == "where" :]
+                yield from (a for a in inner if not isinstance(a, ast.Constant))
+            if what in SWAPPED.split():
+                for i in range(what in ("where", "_einsum"), len(args) - 1):
+                    pair = [args[i + 1], args[i]]
+                    yield ast.Call(func, [*args[:i], *pair, *args[i + 2 :]], keywords)
+            for k in keywords:
+                yield ast.Call(func, args, [other for other in keywords if other is not k])
+
+
+def places(node, reason=""):
+    """Every node that computes, as (holder, key, node, why its change would not matter)."""
+    for field, value in ast.iter_fields(node):
+        many = isinstance(value, list)
+        for key, child in enumerate(value) if many else [(field, value)]:
+            match child:
+                case ast.If(body=[ast.Raise()]) | ast.Raise() | ast.Assert() | ast.JoinedStr():
+                    continue  # refusals are not rules
+                case ast.Expr(ast.Constant()) | ast.arguments() | ast.Attribute(attr="dtype"):
+                    continue
+                case ast.Expr(ast.Call(func)) if "check" in ast.unparse(func):
+                    continue
+            if isinstance(child, ast.AST) and field not in ("annotation", "returns"):
+                why = reason or EQUIVALENT.get((ast.unparse(child), ""), "")
+                yield value if many else vars(node), key, child, why
+                yield from places(child, why)
+
+
+def functions(tree, prefix=""):
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield from functions(node, f"{node.name}.")
+        elif isinstance(node, ast.FunctionDef):
+            yield prefix + node.name, node
+
+
+def mutants():
+    """Every mutant, in the order of the source."""
+    for file, patterns in RULES.items():
+        tree = ast.parse((SOURCE / file).read_text())
+        for rule, function in functions(tree):
+            if not any(fnmatch.fnmatchcase(rule, p) for p in patterns.split()):
+                continue
+            names = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)}
+            names |= {a.arg for a in function.args.args}
+            for holder, key, node, reason in places(ast.Module(function.body, [])):
+                before, _, _ = ast.unparse(node).partition("\n")
+                for new in wrong(node, rule, names):
+                    after, _, _ = ast.unparse(new).partition("\n")
+                    why = reason or EQUIVALENT.get((before, after), "")
+                    change = tree, holder, key, new
+                    yield Mutant(file, rule, node.lineno, before, after, why, change)
+
+
+@contextlib.contextmanager
+def applied(mutant):
+    """Run with the mutant in the place of the rule; gives the names of the classes concerned."""
+    tree, holder, key, new = mutant.change
+    was, holder[key] = holder[key], new
+    try:
+        codes = [compile(ast.fix_missing_locations(tree), mutant.file, "exec")]
+    finally:
+        holder[key] = was
+    while codes[0].co_qualname != mutant.rule:
+        codes += filter(inspect.iscode, codes.pop(0).co_consts)
+    owner = importlib.import_module(f"jbackprop.{mutant.file[:-3].replace('/', '.')}")
+    *classes, name = mutant.rule.split(".")
+    for each in classes:
+        owner = getattr(owner, each)
+    function = inspect.unwrap(getattr(vars(owner)[name], "__func__", vars(owner)[name]))
+    right, function.__code__ = function.__code__, codes[0]
+    both = mock.patch.object(owner, "reads", ("x", "y"))  # so that the wrong one is a number
+    jax.clear_caches()
+    try:
+        with both if hasattr(owner, "reads") else contextlib.nullcontext():
+            yield "|".join(c.__name__ for c in (owner, *getattr(owner, "__subclasses__", list)()))
+    finally:
+        function.__code__ = right
+        jax.clear_caches()
+
+
+class Chosen:
+    """A pytest plugin: the tests that some patterns choose, likely killers first."""
+
+    def __init__(self, patterns, kills):
+        self.patterns, self.kills, self.failed = patterns, kills, ""
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = (i for i in items if re.search(self.patterns[i.path.name], i.nodeid))
+        items.sort(key=lambda item: -self.kills[item.nodeid])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.failed = report.nodeid.removeprefix("tests/")
+
+
+def failing(folder, owner, kills):
+    """The first test to fail, or an empty string."""
+    chosen = Chosen({f: p.replace("OWNER", f"({owner})") for f, p in KILLERS[folder]}, kills)
+    args = [*(str(TESTS / f) for f in chosen.patterns), "-x", "-q", "--tb=short"]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        status = pytest.main([*args, "-p", "no:cacheprovider"], [chosen])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise SystemExit(f"{owner}: pytest ends with {status!r}\n{said.getvalue()}")
+    return chosen.failed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", action="append", help="mutants whose line has this text")
+    parser.add_argument("--sample", type=int, help="this many, evenly spread")
+    parser.add_argument("--list", action="store_true", help="list them and run nothing")
+    options = parser.parse_args()
+    chosen = [m for m in mutants() if not options.only or any(t in str(m) for t in options.only)]
+    if options.sample:
+        chosen = chosen[:: -(-len(chosen) // options.sample)]
+    folders = [next(f for f in KILLERS if m.file.startswith(f)) for m in chosen]
+    start, kills, survivors = time.time(), Counter(), 0
+    for folder in () if options.list else dict.fromkeys(folders):
+        failed = failing(folder, ".*", kills)
+        if failed:
+            raise SystemExit(f"{failed} fails without a mutant")
+    for folder, m in zip(folders, chosen, strict=True):
+        verdict = f"the same: {m.reason}" if m.reason else ""
+        if not options.list and not m.reason:
+            with applied(m) as owner:
+                verdict = failing(folder, owner, kills)
+            kills[verdict] += 1
+            survivors += not verdict
+            verdict = f"killed by {verdict}" if verdict else "SURVIVED"
+        print(f"{m.file}:{m.line} {m.rule}: {m.before} -> {m.after}  {verdict}", flush=True)
+    same = sum(bool(m.reason) for m in chosen)
+    print(
+        f"{len(chosen)} mutants: {len(chosen) - same - survivors} killed, {survivors} survived, "
+        f"{same} compute the same; {time.time() - start:.0f} s"
+    )
+    return survivors > 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JBACKPROP_TEST_CACHE", tempfile.mkdtemp())
+    sys.exit(main())
