@@ -167,22 +167,21 @@ def net_problem(
     return Problem(name, net, net.grad, (dense_params(len(sizes), *sizes, bias=bias), x, y))
 
 
-_square, _log, _cross = (half_square, identity), (log_loss, jax.nn.sigmoid), (
-    cross_entropy, jax.nn.softmax,
-)  # fmt: skip
-LINEAR = net_problem("linear regression", Net(TANH, *_square), (5, 3), (7,))
-LOGISTIC = net_problem("logistic regression", Net(TANH, *_log), (4, 1), (9,))
-SOFTMAX = net_problem("softmax layer", Net(TANH, *_cross), (6, 4), (8,))
-SOFTMAX_SUM = net_problem("softmax layer, sum", Net(TANH, *_cross, mean=False), (6, 4), (8,))
-SOFTMAX_SQUARE = net_problem("softmax layer 5x5", Net(TANH, *_cross), (5, 5), (8,))
-TANH_NET = net_problem("tanh network", Net(TANH, *_square), (5, 6, 6, 6, 2), (10,))
-TANH_SUM = net_problem("tanh network, sum", Net(TANH, *_cross, mean=False), (4, 5, 5, 3), (10,))
-SIGMOID_NET = net_problem("sigmoid network", Net(SIGMOID, *_log), (3, 5, 5, 1), (8,))
-RELU_NET = net_problem("relu network", Net(RELU, *_cross), (6, 8, 8, 3), (12,))
-TOKENS = net_problem("dense over positions", Net(TANH, *_square), (4, 5, 3), (3, 6))
-DEEP = net_problem("thirty layers", Net(TANH, *_cross), (5,) * 31, (6,))
-ONE = net_problem("one weight", Net(TANH, *_square), (1, 1), (1,))
-WIDE = net_problem("softmax layer 1000x100", Net(TANH, *_cross), (1000, 100), (4,))
+SQUARED = (half_square, identity)
+_LOG, _CROSS = (log_loss, jax.nn.sigmoid), (cross_entropy, jax.nn.softmax)
+LINEAR = net_problem("linear regression", Net(TANH, *SQUARED), (5, 3), (7,))
+LOGISTIC = net_problem("logistic regression", Net(TANH, *_LOG), (4, 1), (9,))
+SOFTMAX = net_problem("softmax layer", Net(TANH, *_CROSS), (6, 4), (8,))
+SOFTMAX_SUM = net_problem("softmax layer, sum", Net(TANH, *_CROSS, mean=False), (6, 4), (8,))
+SOFTMAX_SQUARE = net_problem("softmax layer 5x5", Net(TANH, *_CROSS), (5, 5), (8,))
+TANH_NET = net_problem("tanh network", Net(TANH, *SQUARED), (5, 6, 6, 6, 2), (10,))
+TANH_SUM = net_problem("tanh network, sum", Net(TANH, *_CROSS, mean=False), (4, 5, 5, 3), (10,))
+SIGMOID_NET = net_problem("sigmoid network", Net(SIGMOID, *_LOG), (3, 5, 5, 1), (8,))
+RELU_NET = net_problem("relu network", Net(RELU, *_CROSS), (6, 8, 8, 3), (12,))
+TOKENS = net_problem("dense over positions", Net(TANH, *SQUARED), (4, 5, 3), (3, 6))
+DEEP = net_problem("thirty layers", Net(TANH, *_CROSS), (5,) * 31, (6,))
+ONE = net_problem("one weight", Net(TANH, *SQUARED), (1, 1), (1,))
+WIDE = net_problem("softmax layer 1000x100", Net(TANH, *_CROSS), (1000, 100), (4,))
 
 
 def with_decay(problem: Problem, strength: float) -> Problem:

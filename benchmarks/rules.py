@@ -133,7 +133,7 @@ AFFINE = Ruled("dense", _affine, affine_back, (_x, _square, _b[[0, 1, 2, 0]]))
 AFFINE_PLAIN = Ruled("dense without bias", _affine, affine_back, (_x, _w, None))
 AFFINE_SQUARE = Ruled("dense 4x4 on 4", _affine, affine_back, (_x[:4], _square, None))
 COSTS = Ruled("cross-entropy of labels", _costs, costs_back, (_z, _labels))
-SOFTMAX = Ruled("softmax", jax.nn.softmax, _softmax_back, (_z,))
+SOFTMAX = Ruled("softmax", lambda z: jax.nn.softmax(z), _softmax_back, (_z,))
 RMS = Ruled("rms norm", _rms, rms_back, (_x, 1 + 0.3 * _square[0]))
 SCALE = Ruled(
     "scaled",
@@ -148,7 +148,7 @@ POWER = Ruled(
     lambda args, g: (g * args[1].astype(g.dtype) * args[0] ** 2, None),
     (np.abs(_x) + 0.5, np.array(3, "int32")),
 )
-CUMSUM = Ruled("cumulative sum", jnp.cumsum, lambda args, g: (jnp.cumsum(g[::-1])[::-1],), (_z[:, 0],))
+CUMSUM = Ruled("cumulative sum", lambda x: jnp.cumsum(x), lambda args, g: (jnp.cumsum(g[::-1])[::-1],), (_z[:, 0],))
 
 
 # Forward rules.

@@ -7,8 +7,9 @@ from jbackprop.check.functions import gradient as gradient
 from jbackprop.check.functions import jvp as jvp
 from jbackprop.check.functions import vjp as vjp
 from jbackprop.check.judge import TruthWarning as TruthWarning
-from jbackprop.check.network import Agreement as Agreement
-from jbackprop.check.network import Row as Row
+from jbackprop.check.layer import assert_layer as assert_layer
+from jbackprop.check.layer import layer as layer
+from jbackprop.check.network import assert_network as assert_network
 from jbackprop.check.network import network as network
 from jbackprop.check.report import Figures as Figures
 from jbackprop.check.report import Report as Report

@@ -1,99 +1,48 @@
-"""Every delta and every gradient of a network against the truth.
+"""Every delta and every gradient of a network against the truth, from the output back.
 
-The truth is `jax.grad` in float64 of the network's forward sweep and the loss's value alone; no
-backward rule has a part in it. Deltas come from taps: a parameter added behind every layer.
+The truth is `jax.grad` in float64 of the network's forward sweep and the loss's value alone,
+confirmed by numbers; no backward rule has a part in it. Deltas come from taps: a parameter added
+behind every layer. Each rule is then tried once more with the true delta handed in, so that one
+wrong rule does not put the ones below it in doubt.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
+from jbackprop.check import judge
+from jbackprop.check.diagnosis import Suspect, diagnose
+from jbackprop.check.judge import TruthKind
+from jbackprop.check.numbers import EXACT, by_numbers, confirm, warn_of
+from jbackprop.check.numerical import Slope, Slopes
+from jbackprop.check.precision import as_given, cast, exactly, float64, is_float
+from jbackprop.check.report import Report, composed, demand
 from jbackprop.factored import PyTree, is_factored
 from jbackprop.gradient import check_call, coupling_layer, sweep
 from jbackprop.losses import Loss
-from jbackprop.observe import tapped
-from jbackprop.sweep import Node, forward, rebuild, walk
-from jbackprop.table import render
-
-FLOAT64_TOLERANCE = 1e-12
+from jbackprop.observe import Observed, Seen, seen_in, tapped
+from jbackprop.sweep import Layer, Node, Trace, backward, forward, rebuild, total, walk
 
 
-@contextlib.contextmanager
-def x64() -> Iterator[None]:
-    """Float64 inside, whatever the global flag; the flag is as it was afterwards."""
-    home: Any = jax if hasattr(jax, "enable_x64") else jax.experimental  # where it used to be
-    with home.enable_x64(True):
-        yield
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """The verdict on one delta or one gradient.
-
-    Attributes:
-        path: of the layer (for a delta) or the parameter.
-        kind: "delta" or "gradient".
-        error: |ours - truth| / |truth|, in the norm of all entries. A gradient whose terms cancel,
-            |sum_n g_n| < |sum_n |g_n|| / 1000, is measured against a thousandth of the latter.
-        autodiff_error: the same of `jax.grad` in the dtype that was tried.
-        tolerance: what error may be: 1e-12 in float64; otherwise twice autodiff's own error plus
-            eps * sqrt(the number of terms summed).
-    """
-
-    path: str
-    kind: str
-    error: float
-    autodiff_error: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.tolerance  # False for NaN
-
-
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-    """The verdict on a network, from the output back to the input. Printed, it is a table."""
-
-    rows: tuple[Row, ...]
-    dtype: str
-
-    @property
-    def ok(self) -> bool:
-        return all(row.ok for row in self.rows)
-
-    @property
-    def failures(self) -> tuple[Row, ...]:
-        """The rows that are wrong, from the output back: the first names the rule to look at."""
-        return tuple(row for row in self.rows if not row.ok)
-
-    @property
-    def worst(self) -> float:
-        """The largest relative error of all."""
-        return max((row.error for row in self.rows), key=lambda e: math.inf if e != e else e)
-
-    def __str__(self) -> str:
-        rows = (
-            (row.path, row.kind, f"{row.error:.1e}", f"{row.autodiff_error:.1e}",
-             f"{row.tolerance:.1e}", "right" if row.ok else "WRONG")
-            for row in self.rows
-        )  # fmt: skip
-        columns = ("what", "", ">relative error", ">of jax.grad", ">allowed", "verdict")
-        title = f"Hand-derived against jax.grad in float64, computed in {self.dtype}"
-        return render(columns, rows, title)
-
-
-def network(net: Node, loss: Loss, params: PyTree, x: Any, y: Any, dtype: Any = None) -> Agreement:
-    """Compare every delta and every gradient of a network with `jax.grad` in float64.
+def network(
+    net: Node,
+    loss: Loss,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    dtype: Any = None,
+    truth: TruthKind = "both",
+    tolerance: float | None = None,
+    directions: int = 1,
+    seed: int = 0,
+) -> Report:
+    """Compare every delta and every gradient of a network with the truth.
 
     Args:
         net: a layer or a composite.
@@ -102,11 +51,24 @@ def network(net: Node, loss: Loss, params: PyTree, x: Any, y: Any, dtype: Any = 
         x: the inputs, (B, ...).
         y: the targets.
         dtype: what our rules compute in; by default that of the parameters. The truth is computed
-            from the same numbers, rounded to this dtype.
+            in float64 from the same numbers, rounded to this dtype.
+        truth: "autodiff" is `jax.grad` of the forward sweep and the loss's value in float64; "both"
+            has it confirmed by numbers along random directions in every parameter. "numerical"
+            judges the gradients by numbers alone, and the deltas (of which there are too many) by
+            autodiff.
+        tolerance: the relative error in norm that is right; by default as `gradient` has it.
+        directions: random directions in each parameter, for numbers.
+        seed: of the directions.
 
     Returns:
-        An `Agreement`: for each layer, from the output back, the delta (of every example's own
-        cost) and then its parameters' gradients (of the summed cost).
+        A `Report`: for the loss, then for each layer from the output back, the "delta" (of every
+        example's own cost) and its parameters' "gradient" (of the summed cost) as the sweep has
+        them, and, with the true delta handed in, the "gradient alone" and "dC/dx alone" of its
+        rule. The first layer whose rule alone is wrong is named on top.
+
+    Raises:
+        ValueError: inputs, targets and parameters that do not fit; a layer that couples examples.
+        TypeError: as `backprop`.
     """
     check_call(net, loss, params, x, y)
     if net.couples_examples:
@@ -116,95 +78,313 @@ def network(net: Node, loss: Loss, params: PyTree, x: Any, y: Any, dtype: Any = 
         )
     params, x, y = jax.tree.map(np.asarray, (params, x, y))
     dtype = jnp.dtype(dtype or jnp.result_type(*(jax.tree.leaves(params) or jax.tree.leaves(x))))
-    params, x, y = (_cast(tree, dtype) for tree in (params, x, y))
-    with x64():
-        ours = _to64(_by_rule(net, loss, *_device((params, x, y))))
-        auto = _to64(_by_autodiff(net, loss, *_device((params, x, y))))
-        truth = auto
-        if dtype != jnp.float64:
-            wide = (_cast(tree, jnp.dtype("float64")) for tree in (params, x, y))
-            truth = _to64(_by_autodiff(net, loss, *_device(tuple(wide))))
-    terms = max(
-        [len(jax.tree.leaves(x)[0]), *(max(w.shape, default=1) for w in jax.tree.leaves(params))]
+    point = cast((params, x, y), dtype)
+    return _Check(net, loss, point, dtype, truth, tolerance, directions, seed).report()
+
+
+def assert_network(net: Node, loss: Loss, params: PyTree, x: Any, y: Any, **options: Any) -> None:
+    """As `network`; raises AssertionError with the report unless all is right."""
+    demand(network(net, loss, params, x, y, **options))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Entered(Observed):
+    """A layer that saves its input, for the forward sweep only."""
+
+    def forward(self, params: PyTree, x: Any, key: Array | None = None) -> tuple[Any, Any]:
+        y, _ = self.inner.forward(params, x, key)
+        return y, Seen(x, self.path)
+
+
+def _inputs(net: Node, params: PyTree, x: Any) -> tuple[dict[str, Any], Any]:
+    """The input of every layer, by path; and the outputs of the last."""
+    observed, _ = rebuild(net, params, lambda path, layer, own: (_Entered(layer, path), own))
+    z, saved = forward(observed, params, x)
+    return {seen.path: seen.y for seen in seen_in(saved)}, z
+
+
+class _Check:
+    """One network at one point.
+
+    What is compared comes in one structure: the loss's delta, and for every layer by path its
+    "delta", its "gradient", and the "dC/dx" that its rule makes of the true delta.
+    """
+
+    def __init__(
+        self, net: Node, loss: Loss, point: Any, dtype: Any, truth: TruthKind,
+        tolerance: float | None, directions: int, seed: int,
+    ) -> None:  # fmt: skip
+        self.net, self.loss, self.point, self.dtype = net, loss, point, dtype
+        self.truth, self.tolerance = truth, tolerance
+        self.directions, self.seed = directions, seed
+        self.notes: list[str] = []
+
+    def by_autodiff(self, point: Any) -> dict[str, Any]:
+        params, x, y = point
+        net, loss = self.net, self.loss
+        taps, both = tapped(net, params, x)
+
+        def cost(both: PyTree, x: Any, y: Any) -> Array:
+            return jnp.sum(loss.value(forward(taps, both, x)[0], y))
+
+        def deltas_of_one(example: Any) -> dict[str, Any]:
+            g = jax.grad(cost)(both, *jax.tree.map(lambda leaf: leaf[None], example))
+            return {path: part[1] for path, _, part in walk(net, g)}
+
+        deltas = jax.vmap(deltas_of_one)((x, y))
+        entered, z = _inputs(net, params, x)
+        found: dict[str, Any] = {
+            "loss": {"delta": jax.grad(lambda z: jnp.sum(loss.value(z, y)))(z)}
+        }
+        for path, layer, (own, _) in walk(net, jax.grad(cost)(both, x, y)):
+            found[path] = {"delta": deltas[path], "gradient": own}
+        for path, layer, own in walk(net, params):
+            found[path]["dC/dx"] = _by_vjp(layer, own, entered[path], deltas[path])
+        return found
+
+    def by_rule(self, point: Any) -> dict[str, Any]:
+        """All together, as the sweep has them."""
+        params, x, y = point
+        taps, both = tapped(self.net, params, x)
+
+        def collect(factored: PyTree, delta: Any, aux: Any) -> PyTree:
+            own, _ = factored
+            own = jax.tree.map(lambda pair: pair.total(), own, is_leaf=is_factored)
+            return {"delta": delta, "gradient": own}
+
+        swept = sweep(taps, self.loss, both, x, y, collect)
+        found = {path: part for path, _, part in walk(self.net, swept.collected)}
+        return found | {"loss": {"delta": self.loss.delta(swept.outputs, y)}}
+
+    def by_each_rule(self, point: Any, deltas: dict[str, Any]) -> dict[str, Any]:
+        """Each layer by itself, with the true delta handed in."""
+        params, x, _ = point
+        entered, _ = _inputs(self.net, params, x)
+        found = {}
+        for path, layer, own in walk(self.net, params):
+            x = entered[path]
+            z, saved = forward(layer, own, x)
+            trace = Trace(
+                x if "x" in layer.reads else None, z if "y" in layer.reads else None, saved
+            )
+            delta = jax.tree.map(lambda d, v: d.astype(v.dtype), deltas[path], z)
+            delta_x, own = backward(layer, own, trace, delta, total)
+            found[path] = {"gradient": own, "dC/dx": _floats(delta_x, x)}
+        return found
+
+    def report(self) -> Report:
+        with exactly():
+            shapes = jax.eval_shape(self.by_autodiff, cast(self.point, "float64"))
+        known = judge.truths(
+            lambda p: jax.tree.leaves(self.by_autodiff(p)), self.point, [self.dtype], self.seed
+        )
+        truths = dict(zip(_flat(shapes), known, strict=True))
+        true = jax.tree.unflatten(jax.tree.structure(shapes), [t.value for t in known])
+        deltas = {path: part["delta"] for path, part in cast(true, self.dtype).items()}
+        with as_given(self.dtype):
+            together = _flat(jax.jit(self.by_rule)(self.point))
+            alone = _flat(jax.jit(self.by_each_rule)(self.point, deltas))
+        verdicts = {key: self._leaf(key, key[1], c, truths[key]) for key, c in together.items()}
+        rules = {
+            key: self._leaf(key, f"{key[1]} alone", c, truths[key]) for key, c in alone.items()
+        }
+        if self.truth != "autodiff":
+            self._by_numbers(verdicts, rules, truths, together, alone)
+        self._explain(verdicts, rules, together, alone, true)
+        parts = [composed("loss", repr(self.loss), [verdicts[("loss", "delta", "")]])]
+        layers = list(walk(self.net))[::-1]
+        for path, layer, _ in layers:
+            own = [leaf for key, leaf in rules.items() if key[0] == path]
+            mine = [leaf for key, leaf in verdicts.items() if key[0] == path]
+            parts.append(composed(path, repr(layer), [*mine, *own]))
+        return composed("jb.check.network", "", parts, _first(parts, layers), self._told())
+
+    def _leaf(self, key: tuple[str, str, str], kind: str, c: Any, truth: judge.Truth) -> Report:
+        return judge.compare(key[0] + key[2], kind, c, truth, self.dtype, self.tolerance)
+
+    def _told(self) -> list[str]:
+        confirmed = {
+            "autodiff": "",
+            "both": f", confirmed by numbers along {self.directions} random direction(s) in each "
+            "parameter",
+            "numerical": " for the deltas, and values alone for the gradients",
+        }[self.truth]
+        source = f"automatic differentiation of the forward sweep in float64{confirmed}"
+        return [f"Computed in {self.dtype}; truth: {source} (seed {self.seed}).", *self.notes]
+
+    def _by_numbers(
+        self, verdicts: Any, rules: Any, truths: Any, together: Any, alone: Any
+    ) -> None:
+        params, x, y = self.point
+        leaves, tree = jax.tree.flatten(params)
+        where = _flat(
+            {path: {"gradient": own} for path, _, own in walk(self.net, jax.tree.unflatten(
+                tree, list(range(len(leaves)))
+            ))}
+        )  # fmt: skip
+        if not leaves:
+            return
+
+        def cost(leaves: list[Any], data: Any) -> Array:
+            z, _ = forward(self.net, jax.tree.unflatten(tree, leaves), data[0])
+            return jnp.sum(self.loss.value(z, data[1]))
+
+        rng = np.random.default_rng([self.seed, 1])
+        wide = [float64(leaf) for leaf in leaves]
+        data = cast((x, y), "float64")
+        slopes = Slopes(cost, wide, data)
+        for key, i in where.items():
+
+            def probe(d: np.ndarray, i: int = i) -> Slope:
+                along = [d if j == i else np.zeros_like(w) for j, w in enumerate(wide)]
+                return slopes.along(along, data)
+
+            verdict, told = "disagree", ""
+            if self.truth == "both":
+                verdict, told = confirm(truths[key], probe, self.directions, rng, self.dtype)
+            if verdict == "unknown":
+                self.notes.append(f"{key[0]}{key[2]}: jax.grad is not confirmed by numbers: {told}")
+            if verdict != "disagree":
+                continue
+            if self.truth == "both":
+                self.notes.append("warning: " + warn_of(key[0] + key[2], told))
+            for found, candidates in ((verdicts, together), (rules, alone)):
+                old, c = found[key], candidates[key]
+                limit = old.figures.tolerance if old.figures else 0.0
+                exact = np.size(c) <= EXACT
+                found[key], _ = by_numbers(
+                    old.path, old.kind, c, probe, self.dtype, limit, self.directions, rng, exact
+                )
+
+    def _explain(self, verdicts: Any, rules: Any, together: Any, alone: Any, true: Any) -> None:
+        """Put a diagnosis to each wrong rule, and a reason to what is wrong because of another."""
+        params, x, y = self.point
+        if not any(leaf.verdict == "wrong" for leaf in [*verdicts.values(), *rules.values()]):
+            return
+        with as_given(self.dtype):
+            entered, z = jax.jit(lambda params, x: _inputs(self.net, params, x))(params, x)
+        key = ("loss", "delta", "")
+        sizes = {len(jax.tree.leaves(x)[0]): "the batch size"}
+        for n, what in zip(np.shape(z)[:0:-1], ("outputs", "positions"), strict=False):
+            sizes.setdefault(int(n), f"the number of {what}")
+        sizes = {n: what for n, what in sizes.items() if n > 2}
+        blame = ""
+        if verdicts[key].verdict == "wrong":
+            blame = "the loss"
+            suspect = self._suspect(verdicts[key], together[key], true["loss"]["delta"], z)
+            verdicts[key], = diagnose(
+                [suspect], sizes,
+                lambda active, passive: jnp.sum(self.loss.value(active[0], passive[0])),
+                ([np.asarray(z)], [y]),
+            )  # fmt: skip
+        layers = list(walk(self.net, params))
+        for path, layer, own in reversed(layers):
+            if blame:
+                for key, leaf in verdicts.items():
+                    if key[0] == path and leaf.verdict == "wrong":
+                        verdicts[key] = judge.because(leaf, f"because of {blame}, above")
+            mine = [key for key in rules if key[0] == path]
+            if any(rules[key].verdict == "wrong" for key in mine):
+                parameters = _flat({path: {"gradient": own, "dC/dx": entered[path]}})
+                suspects = [
+                    self._suspect(rules[key], alone[key], _flat(true)[key], parameters[key])
+                    for key in mine
+                ]
+                neighbours = {
+                    f"{other} ({name})": _plain(other)
+                    for name, other, theirs in layers
+                    if other != layer and not jax.tree.leaves(theirs)
+                }
+                found = diagnose(
+                    suspects, sizes, *self._alone(layer, own, entered[path], true[path]["delta"]),
+                    neighbours,
+                )  # fmt: skip
+                rules.update(zip(mine, found, strict=True))
+                blame = blame or f"{path}, {layer}"
+                for key in mine:
+                    if (
+                        key in verdicts
+                        and verdicts[key].verdict == "wrong"
+                        and not verdicts[key].why
+                    ):
+                        verdicts[key] = dataclasses.replace(
+                            verdicts[key], diagnosis=rules[key].diagnosis
+                        )
+
+    def _suspect(self, leaf: Report, candidate: Any, truth: Any, parameter: Any) -> Suspect:
+        return Suspect(
+            leaf.path, float64(candidate), float64(truth), leaf, np.asarray(parameter), self.dtype
+        )
+
+    def _alone(self, layer: Layer, own: PyTree, x: Any, delta: Any) -> Any:
+        """A program whose gradient by its active arrays is what the layer's rule is to give."""
+        inputs, tree = jax.tree.flatten((own, x))
+        moving = [i for i, leaf in enumerate(inputs) if is_float(np.asarray(leaf))]
+        labels = list(_flat({"": {"gradient": own, "dC/dx": _floats(x, x)}}))
+        order = list(_flat({"": {"gradient": own}})) + list(_flat({"": {"dC/dx": _floats(x, x)}}))
+        back = [order.index(label) for label in labels]  # as `rules` has them
+
+        def program(active: list[Any], passive: list[Any]) -> Array:
+            leaves = list(passive[1])
+            for i, j in enumerate(back):
+                leaves[moving[j]] = active[i]
+            own, x = jax.tree.unflatten(tree, leaves)
+            z = jax.tree.leaves(forward(layer, own, x)[0])
+            return sum(
+                (jnp.sum(u * v) for u, v in zip(passive[0], z, strict=True)), start=jnp.zeros(())
+            )
+
+        active = [np.asarray(inputs[moving[j]]) for j in back]
+        return program, (active, [jax.tree.leaves(delta), list(map(np.asarray, inputs))])
+
+
+def _first(parts: list[Report], layers: list[Any]) -> str:
+    """The first that is wrong, from the output back."""
+    if parts[0].verdict == "wrong":
+        return f"The first that is wrong, from the output back: the delta of the loss, {parts[0].kind}."
+    for part in parts[1:]:
+        if any(leaf.kind.endswith("alone") for leaf in part.wrong):
+            return f"The first rule that is wrong, from the output back: {part.path}, {part.kind}."
+    for part in parts[1:]:
+        if part.wrong:
+            return (
+                f"Every rule is right by itself, but what reaches {part.path}, {part.kind}, is "
+                "wrong: look at the composite that hands it its delta."
+            )
+    return ""
+
+
+def _flat(tree: dict[str, Any]) -> dict[tuple[str, str, str], Any]:
+    """(path, kind, the rest of the name) -> array."""
+    found = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {(keys[0].key, keys[1].key, _name(keys[2:])): leaf for keys, leaf in found}
+
+
+def _name(keys: Any) -> str:
+    return "".join(f".{getattr(k, 'key', getattr(k, 'idx', getattr(k, 'name', k)))}" for k in keys)
+
+
+def _floats(delta_x: Any, x: Any) -> Any:
+    """A tree like x with None at its integer leaves."""
+    return jax.tree.map(
+        lambda v, d: d if jnp.issubdtype(jnp.result_type(v), jnp.floating) else None, x, delta_x
     )
-    allowed = float(jnp.finfo(dtype).eps) * math.sqrt(terms)
-    rows: list[Row] = []
-    compared = zip(walk(net, ours), walk(net, auto), walk(net, truth), strict=True)
-    for (path, _, mine), (_, _, other), (_, _, right) in reversed(list(compared)):
-        for kind, i in (("delta", 1), ("gradient", 0)):
-            leaves, _ = jax.tree_util.tree_flatten_with_path(right[i])
-            sizes = jax.tree.leaves(right[2]) if kind == "gradient" else [0.0] * len(leaves)
-            for (where, t), m, o, size in zip(
-                leaves, jax.tree.leaves(mine[i]), jax.tree.leaves(other[i]), sizes, strict=True
-            ):
-                error, its = _relative(m, t, size), _relative(o, t, size)
-                tolerance = FLOAT64_TOLERANCE if dtype == jnp.float64 else 2 * its + allowed
-                name = ".".join([path, *(str(getattr(k, "key", k)) for k in where)])
-                rows.append(Row(name, kind, error, its, tolerance))
-    return Agreement(tuple(rows), str(dtype))
 
 
-def _relative(candidate: np.ndarray, truth: np.ndarray, terms: Any) -> float:
-    """Against |truth|; where its terms cancel to less than a thousandth, against that of them."""
-    if candidate.shape != truth.shape:
-        return math.inf
-    error = np.linalg.norm(candidate - truth)
-    size = max(np.linalg.norm(truth), 1e-3 * np.linalg.norm(terms))
-    return float(error / size) if size else (0.0 if error == 0 else math.inf)
+def _by_vjp(layer: Layer, own: PyTree, x: Any, delta: Any) -> Any:
+    """delta times the Jacobian of the layer's own forward by x; None at integer leaves."""
+    leaves, tree = jax.tree.flatten(x)
+    moves = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+
+    def of(floats: list[Any]) -> Any:
+        left = iter(floats)
+        full = [next(left) if m else leaf for m, leaf in zip(moves, leaves, strict=True)]
+        return forward(layer, own, jax.tree.unflatten(tree, full))[0]
+
+    _, back = jax.vjp(of, [leaf for m, leaf in zip(moves, leaves, strict=True) if m])
+    found = iter(back(delta)[0])
+    return jax.tree.unflatten(tree, [next(found) if m else None for m in moves])
 
 
-def _cast(tree: PyTree, dtype: Any) -> PyTree:
-    """Floating-point leaves to dtype."""
-
-    def cast(leaf: Any) -> Any:
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-    return jax.tree.map(cast, tree)
-
-
-def _device(tree: PyTree) -> PyTree:
-    return jax.tree.map(jnp.asarray, tree)
-
-
-def _to64(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), tree)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _by_rule(net: Node, loss: Loss, params: PyTree, x: Any, y: Any) -> PyTree:
-    """For every layer (gradients of the summed cost, the deltas of each example), by our rules."""
-    taps, both = tapped(net, params, x)
-
-    def collect(factored: PyTree, delta: Any, aux: Any) -> PyTree:
-        own, _ = factored
-        return jax.tree.map(lambda pair: pair.total(), own, is_leaf=is_factored), delta
-
-    return sweep(taps, loss, both, x, y, collect).collected
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _by_autodiff(net: Node, loss: Loss, params: PyTree, x: Any, y: Any) -> PyTree:
-    """The same by `jax.grad` of forward and the loss's value, and third sum_n |g_n|."""
-    taps, both = tapped(net, params, x)
-
-    def cost(both: PyTree, x: Any, y: Any) -> Any:
-        return jnp.sum(loss.value(forward(taps, both, x)[0], y))
-
-    def one(sizes: PyTree, example: Any) -> tuple[PyTree, PyTree]:
-        g = jax.grad(cost)(both, *jax.tree.map(lambda leaf: leaf[None], example))
-        return jax.tree.map(lambda s, v: s + jnp.abs(v).astype(s.dtype), sizes, own(g)), taps_of(g)
-
-    def own(tree: PyTree) -> PyTree:
-        return rebuild(net, tree, lambda path, layer, part: (layer, part[0]))[1]
-
-    def taps_of(tree: PyTree) -> dict[str, PyTree]:
-        return {path: part[1] for path, _, part in walk(net, tree)}
-
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, "float64"), params)
-    sizes, deltas = jax.lax.scan(one, zeros, (x, y))
-    size = {path: part for path, _, part in walk(net, sizes)}
-    return rebuild(
-        net,
-        jax.grad(cost)(both, x, y),
-        lambda path, layer, part: (layer, (part[0], deltas[path], size[path])),
-    )[1]
+def _plain(layer: Layer) -> Any:
+    return lambda z: forward(layer, (), z)[0]

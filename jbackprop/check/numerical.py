@@ -84,7 +84,9 @@ class Slopes:
         """The slope of f along a direction that has a part in each of the arrays."""
         with np.errstate(divide="ignore"):
             units = [
-                size(p) / rms for p, q in zip(self.point, direction, strict=True) if (rms := size(q, 0))
+                size(p) / rms
+                for p, q in zip(self.point, direction, strict=True)
+                if (rms := size(q, 0))
             ]
         h = min(units, default=1.0) * FIRST / FACTOR ** np.arange(LEVELS)
         steps = np.concatenate([h, -h, [0.0]])
@@ -143,14 +145,16 @@ def ridders(
     return Slope(best, _SAFE * best_error, best, best, method)
 
 
-_ANALYTIC = frozenset(
-    "add add_any sub mul div neg exp exp2 log log1p expm1 sin cos tan tanh sinh cosh asinh acosh "
-    "atanh asin acos atan logistic integer_pow square sqrt rsqrt dot_general "
-    "conv_general_dilated reduce_sum cumsum broadcast_in_dim reshape transpose squeeze slice "
-    "dynamic_slice gather concatenate pad rev copy convert_element_type expand_dims split iota "
-    "scan pjit jit closed_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr remat "
-    "checkpoint remat2 dynamic_update_slice mul_add select_and_gather_add".split()
-)
+_ANALYTIC = frozenset({
+    "add", "add_any", "sub", "mul", "div", "neg", "exp", "exp2", "log", "log1p", "expm1",
+    "sin", "cos", "tan", "tanh", "sinh", "cosh", "asinh", "acosh", "atanh", "asin", "acos",
+    "atan", "logistic", "integer_pow", "square", "sqrt", "rsqrt", "dot_general",
+    "conv_general_dilated", "reduce_sum", "cumsum", "broadcast_in_dim", "reshape",
+    "transpose", "squeeze", "slice", "dynamic_slice", "gather", "concatenate", "pad", "rev",
+    "copy", "convert_element_type", "expand_dims", "split", "iota", "scan", "pjit", "jit",
+    "closed_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "remat",
+    "checkpoint", "remat2", "dynamic_update_slice", "mul_add", "select_and_gather_add",
+})  # fmt: skip
 """Primitives that carry x + i h d through to first order. No abs, max, comparison or select."""
 
 

@@ -1,28 +1,26 @@
-"""Running a traced program with changes: custom rules taken away, or one derivative edited.
+"""Running a traced program with changes.
 
 A program (jaxpr) is evaluated operation by operation, into jits, custom rules, checkpoints and the
-bodies of scans and conditionals. `without_custom_rules` leaves what the function computes, and
-differentiates that. `Edits` makes, of one scalar program, every gradient that comes out when one
-derivative in it is got wrong in a way that people get it wrong.
+bodies of scans and conditionals, with a visitor that may put another operation in the place of
+each. `without_custom_rules` leaves what a function computes, to differentiate that.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 
 from jbackprop.check.precision import subprograms
 
 Visit = Callable[[Any, list[Any], list[bool], Callable[[], list[Any]]], list[Any]]
 """(operation, inputs, which of them depend on what is differentiated, go on) -> outputs."""
 
-_CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-_CALLS = ("pjit", "jit", "closed_call", "core_call", "remat", "checkpoint", "remat2", *_CUSTOM)
+CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+CALLS = ("pjit", "jit", "closed_call", "core_call", "remat", "checkpoint", "remat2", *CUSTOM)
 
 
 def without_custom_rules(fun: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,7 +39,7 @@ def without_custom_rules(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 def _has_custom(jaxpr: Any) -> bool:
     return any(
-        eqn.primitive.name in _CUSTOM or any(map(_has_custom, subprograms(eqn)))
+        eqn.primitive.name in CUSTOM or any(map(_has_custom, subprograms(eqn)))
         for eqn in jaxpr.eqns
     )
 
@@ -49,16 +47,16 @@ def _has_custom(jaxpr: Any) -> bool:
 def enters(fun: Callable[..., Any], active: list[Any], passive: list[Any], i: int) -> bool:
     """Whether what fun computes depends on the i-th of the active arrays at all."""
     closed = jax.make_jaxpr(fun)(active, passive)
-    return any(_reached(closed.jaxpr, [j == i for j in range(len(closed.jaxpr.invars))]))
+    return any(reached(closed.jaxpr, [j == i for j in range(len(closed.jaxpr.invars))]))
 
 
-def _reached(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
+def reached(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
     at = dict(zip(jaxpr.invars, flags, strict=True))
     for eqn in jaxpr.eqns:
         given = [not hasattr(v, "val") and at.get(v, False) for v in eqn.invars]
         inner = subprograms(eqn)
-        if inner and eqn.primitive.name in _CALLS and len(inner[0].invars) == len(given):
-            found = _reached(inner[0], given)
+        if inner and eqn.primitive.name in CALLS and len(inner[0].invars) == len(given):
+            found = reached(inner[0], given)
         else:
             found = [any(given)] * len(eqn.outvars)
         at |= dict(zip(eqn.outvars, found, strict=True))
@@ -83,10 +81,12 @@ def _run(
         return (v.val, False) if hasattr(v, "val") else env[v]
 
     for eqn in jaxpr.eqns:
-        values, flags = map(list, zip(*map(read, eqn.invars), strict=True)) if eqn.invars else ([], [])
+        values, flags = (
+            map(list, zip(*map(read, eqn.invars), strict=True)) if eqn.invars else ([], [])
+        )
 
         def go(eqn: Any = eqn, values: Any = values, flags: Any = flags) -> list[Any]:
-            return _step(eqn, values, flags, visit)
+            return step(eqn, values, flags, visit)
 
         outs = visit(eqn, values, flags, go)
         for var, value in zip(eqn.outvars, outs, strict=True):
@@ -96,17 +96,19 @@ def _run(
     return [value for value, _ in found], [flag for _, flag in found]
 
 
-def _step(eqn: Any, values: list[Any], flags: list[bool], visit: Visit) -> list[Any]:
+def step(eqn: Any, values: list[Any], flags: list[bool], visit: Visit) -> list[Any]:
     """One operation; those that hold programs are entered."""
     name, params = eqn.primitive.name, eqn.params
     inner = params.get("call_jaxpr", params.get("fun_jaxpr", params.get("jaxpr")))
-    if name in _CALLS and inner is not None:
-        return _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values, flags, visit)[0]
+    if name in CALLS and inner is not None:
+        return _run(
+            getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values, flags, visit
+        )[0]
     if name == "scan":
         n, m = params["num_consts"], params["num_carry"]
         body, constants = params["jaxpr"], values[:n]
 
-        def step(carry: Any, x: Any) -> Any:
+        def body_step(carry: Any, x: Any) -> Any:
             outs, _ = _run(body.jaxpr, body.consts, [*constants, *carry, *x], inside, visit)
             return outs[:m], outs[m:]
 
@@ -115,7 +117,7 @@ def _step(eqn: Any, values: list[Any], flags: list[bool], visit: Visit) -> list[
             jnp.issubdtype(jnp.result_type(v), jnp.floating) for v in values[n : n + m]
         ]
         carry, ys = lax.scan(
-            step, values[n : n + m], values[n + m :], params["length"], params["reverse"]
+            body_step, values[n : n + m], values[n + m :], params["length"], params["reverse"]
         )
         return [*carry, *ys]
     if name == "cond":
@@ -128,219 +130,3 @@ def _step(eqn: Any, values: list[Any], flags: list[bool], visit: Visit) -> list[
     functions, bound = bound if isinstance(bound, tuple) else ((), bound)  # older JAX: a pair
     out = eqn.primitive.bind(*functions, *values, **bound)
     return list(out) if eqn.primitive.multiple_results else [out]
-
-
-# --- Derivatives edited the way people get them wrong -------------------------------------------
-
-_KNOWN = {
-    "tanh", "logistic", "exp", "log", "log1p", "expm1", "sin", "cos", "sqrt", "rsqrt", "cbrt",
-    "integer_pow", "square", "erf", "abs", "asinh", "atan",
-}  # fmt: skip
-_JOINS = ("mul", "div", "sub", "add", "add_any")
-_MOST = 120
-
-
-@dataclasses.dataclass(frozen=True)
-class Edit:
-    """One derivative got wrong; `words` say how."""
-
-    code: int
-    words: str
-
-
-class Edits:
-    """All gradients of scalar(active, passive) that have one derivative got wrong.
-
-    Args:
-        scalar: the program.
-        active: the arrays to differentiate by.
-        passive: the other arrays.
-        neighbours: further elementwise functions whose derivative may have been taken, by name.
-    """
-
-    def __init__(
-        self,
-        scalar: Callable[[list[Any], list[Any]], Array],
-        active: list[Any],
-        passive: list[Any],
-        neighbours: dict[str, Callable[[Array], Array]] | None = None,
-    ) -> None:
-        self._closed = jax.make_jaxpr(scalar)(active, passive)
-        self._n, self._units = len(active), dict(neighbours or {})
-        self._args = (active, passive)
-        self._collect(self._closed.jaxpr)
-        self.edits: list[Edit] = []
-        self._gradient = jax.jit(jax.grad(self._edited))
-        jax.eval_shape(self._gradient, active, passive, 0)
-
-    def gradients(self) -> Iterator[tuple[Edit, list[Array]]]:
-        """Each edit with the gradient that it leads to."""
-        for edit in self.edits[:_MOST]:
-            yield edit, self._gradient(*self._args, edit.code)
-
-    def _collect(self, jaxpr: Any) -> None:
-        """The elementwise functions in the program: neighbours of each other."""
-        for eqn in jaxpr.eqns:
-            f = _unit(eqn)
-            if f is not None and len(self._units) < 4:
-                self._units.setdefault(_named(eqn), f)
-            elif f is None:
-                for inner in subprograms(eqn):
-                    self._collect(inner)
-
-    def _edited(self, active: list[Any], passive: list[Any], code: Any) -> Array:
-        self.edits = []
-        flags = [True] * len(active) + [False] * len(jax.tree.leaves(passive))
-        flat = [*active, *jax.tree.leaves(passive)]
-
-        def visit(eqn: Any, values: list[Any], depends: list[bool], go: Any) -> list[Any]:
-            ways = list(self._ways(eqn, values, depends))
-            if not ways:
-                return go()
-            base = len(self.edits) + 1
-            self.edits += [Edit(base + i, words) for i, (words, _) in enumerate(ways)]
-            inside = (code >= base) & (code < base + len(ways))
-            f = _unit(eqn)
-            right = (lambda *v: f(v[0])) if f else (lambda *v: _step(eqn, list(v), depends, _as_is)[0])
-            return [
-                lax.switch(
-                    jnp.where(inside, code - base + 1, 0), [right, *(way for _, way in ways)], *values
-                )
-            ]
-
-        return evaluate(self._closed, flat, flags, visit)[0]
-
-    def _ways(self, eqn: Any, values: list[Any], depends: list[bool]) -> Iterator[tuple[str, Any]]:
-        if not any(depends) or len(self.edits) > _MOST:
-            return
-        name, stop = _named(eqn), lax.stop_gradient
-        f = _unit(eqn)
-        if f is not None:
-            yield f"the derivative of {name} is missing", lambda z, *_: graft(f(z), z)
-            yield (
-                f"the derivative of {name} is taken at its output, not at its input",
-                lambda z, *_: graft(f(z), f(stop(f(z)) + z - stop(z))),
-            )
-            yield (
-                f"the derivative of {name} is multiplied in twice",
-                lambda z, *_: graft(f(z), f(stop(z) + f(z) - stop(f(z)))),
-            )
-            yield f"the part that goes through {name} is missing", lambda z, *_: stop(f(z))
-            for other, g in self._units.items():
-                if other != name:
-                    words = f"the derivative of {other} is taken in the place of that of {name}"
-                    yield words, lambda z, *_, g=g: graft(f(z), g(z))
-            return
-        if eqn.primitive.name in _JOINS and all(depends) and len(values) == 2:
-            for i, way in enumerate(("first", "second")):
-
-                def cut(*v: Any, i: int = i) -> Any:
-                    v = tuple(stop(u) if j == i else u for j, u in enumerate(v))
-                    return eqn.primitive.bind(*v, **eqn.params)
-
-                words = f"what goes through the {way} operand of {_join(eqn)} is missing"
-                yield words, cut
-        if eqn.primitive.name == "dot_general":
-            yield from _untransposed(eqn, depends)
-        net_input = eqn.primitive.name in ("dot_general", "add", "sub", "conv_general_dilated")
-        if net_input and eqn.outvars[0].aval.shape:
-
-            def bound(*v: Any) -> Any:
-                return eqn.primitive.bind(*v, **eqn.params)
-
-            for words, g in _AGAIN.items():
-                told = f"the delta of the net input {_join(eqn)} is multiplied by {words}"
-                yield told, lambda *v, g=g: _delta_times(g, bound(*v))
-
-
-def _as_is(eqn: Any, values: list[Any], depends: list[bool], go: Any) -> list[Any]:
-    return go()
-
-
-def graft(value: Array, surrogate: Array) -> Array:
-    """The value of the one with the derivative of the other."""
-    return lax.stop_gradient(value) + (surrogate - lax.stop_gradient(surrogate))
-
-
-def _unit(eqn: Any) -> Callable[[Array], Array] | None:
-    """The operation as an elementwise-looking function of one array, if it is one."""
-    floats = [v for v in eqn.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)]
-    if len(eqn.outvars) != 1 or not floats:
-        return None
-    name, out = eqn.primitive.name, eqn.outvars[0].aval
-    if name in _KNOWN:
-        return lambda z: eqn.primitive.bind(z, **eqn.params)
-    if name in _CALLS and len(eqn.invars) == 1 and out.shape == eqn.invars[0].aval.shape:
-        return lambda z: _step(eqn, [z], [True], _as_is)[0]
-    if name in ("max", "min") and hasattr(eqn.invars[1], "val"):
-        return lambda z: eqn.primitive.bind(z, jnp.full_like(z, eqn.invars[1].val), **eqn.params)
-    return None
-
-
-def _named(eqn: Any) -> str:
-    name = str(eqn.params.get("name", eqn.primitive.name))
-    if name in _CUSTOM:
-        inner = subprograms(eqn)
-        called = [e.params["name"] for e in inner[0].eqns if "name" in e.params] if inner else []
-        name = str(called[0]) if called else "a function with a custom rule"
-    shape = "x".join(map(str, eqn.outvars[0].aval.shape))
-    return f"{name} ({shape})" if shape else name
-
-
-def _join(eqn: Any) -> str:
-    return f"{eqn.primitive.name} ({'x'.join(map(str, eqn.outvars[0].aval.shape))})"
-
-
-def _untransposed(eqn: Any, depends: list[bool]) -> Iterator[tuple[str, Any]]:
-    """A square matrix that carries the delta back the way it carried the activation there."""
-    (contracted, batch), stop = eqn.params["dimension_numbers"], lax.stop_gradient
-    for m in (0, 1):
-        shape = eqn.invars[m].aval.shape
-        if len(shape) != 2 or shape[0] != shape[1] or batch[0] or not depends[1 - m]:
-            continue
-
-        def way(*v: Any, m: int = m) -> Any:
-            def dot(a: Any, b: Any) -> Any:
-                return eqn.primitive.bind(a, b, **eqn.params)
-
-            matrix, other = v[m], v[1 - m]
-            flipped = (stop(matrix.T), other) if m == 0 else (other, stop(matrix.T))
-            own = (matrix, stop(other)) if m == 0 else (stop(other), matrix)
-            return graft(dot(*v), dot(*flipped) + dot(*own))
-
-        yield (
-            f"the weights of {_join(eqn)} are not transposed on the way back "
-            "(W where its transpose is due)",
-            way,
-        )
-
-
-def _delta_times(g: Callable[[Array, Array], Array], z: Array) -> Array:
-    @jax.custom_vjp
-    def same(z: Array) -> Array:
-        return z
-
-    same.defvjp(lambda z: (z, z), lambda z, delta: (g(z, delta),))
-    return same(z)
-
-
-def _softmax_diagonal(z: Array, delta: Array) -> Array:
-    p = jax.nn.softmax(z, axis=-1)
-    return delta * p * (1 - p)
-
-
-def _softmax_jacobian(z: Array, delta: Array) -> Array:
-    p = jax.nn.softmax(z, axis=-1)
-    return p * (delta - jnp.sum(p * delta, axis=-1, keepdims=True))
-
-
-def _sigmoid_slope(z: Array, delta: Array) -> Array:
-    p = jax.nn.sigmoid(z)
-    return delta * p * (1 - p)
-
-
-_AGAIN = {
-    "p (1 - p) of the softmax once more": _softmax_diagonal,
-    "the Jacobian of the softmax once more": _softmax_jacobian,
-    "the derivative of the sigmoid once more": _sigmoid_slope,
-}

@@ -195,5 +195,7 @@ def _told(leaf: Report) -> Iterator[str]:
     name = " ".join(filter(None, (leaf.path, leaf.kind)))
     if leaf.why:
         yield f"{name}: {leaf.verdict}: {leaf.why}"
-    if leaf.diagnosis:
+    if leaf.diagnosis.startswith("yours"):
         yield f"{name}: wrong, and here is one that would be right: {leaf.diagnosis}"
+    elif leaf.diagnosis:
+        yield f"{name}: wrong: {leaf.diagnosis}"

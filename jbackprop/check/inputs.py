@@ -1,0 +1,185 @@
+"""The arguments of a function, parted: to differentiate by, other arrays, and the rest."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jbackprop.check.precision import is_float
+from jbackprop.factored import PyTree
+
+
+class Inputs:
+    """A function's arguments, parted: to differentiate by, other arrays, and the rest."""
+
+    def __init__(
+        self, fun: Callable[..., Any], args: tuple[Any, ...], argnums: tuple[int, ...], single: bool
+    ) -> None:
+        for n in argnums:
+            if not -len(args) <= n < len(args):
+                raise ValueError(f"argnums {n}: {name_of(fun)} was given {len(args)} arguments")
+        self.argnums, self.single = tuple(n % len(args) for n in argnums), single
+        self.labels = labels = _labels(fun, len(args))
+        found, self._tree = jax.tree_util.tree_flatten_with_path(args)
+        self._leaves = [as_array(leaf) for _, leaf in found]
+        self._paths = [path for path, _ in found]
+        self._chosen, self._others = [], []
+        for i, (path, leaf) in enumerate(zip(self._paths, self._leaves, strict=True)):
+            name = labels[path[0].idx] + keys(path[1:])
+            if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                raise TypeError(f"{name} is complex: only real arguments can be checked")
+            if is_float(leaf) and path[0].idx in self.argnums:
+                self._chosen.append(i)
+            elif hasattr(leaf, "dtype"):
+                self._others.append(i)
+        self.names = [
+            labels[p[0].idx] + keys(p[1:]) for p in map(self._paths.__getitem__, self._chosen)
+        ]
+        self.active = [self._leaves[i] for i in self._chosen]
+        self.passive = [self._leaves[i] for i in self._others]
+        if not self.active:
+            raise TypeError(
+                f"there is no floating-point array to differentiate {name_of(fun)} by in the "
+                f"arguments {', '.join(labels[n] for n in self.argnums)}"
+            )
+        self.dtypes = [v.dtype for v in (*self.active, *self.passive) if is_float(v)]
+
+    def call(self, fun: Callable[..., Any], active: Sequence[Any], passive: Sequence[Any]) -> Any:
+        leaves = list(self._leaves)
+        for at, values in ((self._chosen, active), (self._others, passive)):
+            for i, v in zip(at, values, strict=True):
+                leaves[i] = v
+        return fun(*jax.tree.unflatten(self._tree, leaves))
+
+    def call_shape(self, fun: Callable[..., Any]) -> Any:
+        try:
+            return jax.eval_shape(lambda a, p: self.call(fun, a, p), self.active, self.passive)
+        except jax.errors.ConcretizationTypeError:
+            return self.call(fun, self.active, self.passive)
+
+    def match(self, candidate: PyTree) -> list[np.ndarray]:
+        """The candidate's arrays, one for each active leaf."""
+        parts = (candidate,) if self.single else candidate
+        if not isinstance(parts, tuple | list) or len(parts) != len(self.argnums):
+            raise ValueError(
+                f"candidate must be a tuple of {len(self.argnums)} gradients, one for each of "
+                f"argnums {self.argnums}"
+            )
+        given = {}
+        for number, part in zip(self.argnums, parts, strict=True):
+            for path, leaf in jax.tree_util.tree_flatten_with_path(part)[0]:
+                given[(number, keys(path))] = leaf
+        found = []
+        for i, name in zip(self._chosen, self.names, strict=True):
+            path = self._paths[i]
+            leaf = given.pop((path[0].idx, keys(path[1:])), None)
+            if leaf is None:
+                raise ValueError(
+                    f"candidate has no gradient for {name}: it must have the structure of the "
+                    "argument, with an array for every floating-point leaf (zeros, if that is it)"
+                )
+            array = np.asarray(leaf)
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                if not np.issubdtype(array.dtype, np.integer) and array.dtype != object:
+                    raise TypeError(f"candidate for {name} has the dtype {array.dtype}")
+                raise TypeError(f"candidate for {name} must be floating-point, not {array.dtype}")
+            found.append(array)
+        others = {(p[0].idx, keys(p[1:])) for p in self._paths}
+        extra = [key for key in given if key not in others]
+        if extra:
+            raise ValueError(
+                f"candidate has gradients for what is not in the argument: "
+                f"{', '.join(key or 'the whole' for _, key in extra)}"
+            )
+        return found
+
+
+def as_array(leaf: Any) -> Any:
+    if isinstance(leaf, float | np.floating) and not isinstance(leaf, np.ndarray):
+        return np.asarray(leaf, getattr(leaf, "dtype", jnp.result_type(float)))
+    return leaf
+
+
+def _labels(fun: Callable[..., Any], n: int) -> list[str]:
+    """The names of a function's first n arguments."""
+    try:
+        parameters = list(inspect.signature(fun).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [named[i] if i < len(named) else f"args[{i}]" for i in range(n)]
+
+
+def keys(path: Any) -> str:
+    """A path in a pytree, as one would write it: .w, [0], ..."""
+    words = []
+    for key in path:
+        if hasattr(key, "idx"):
+            words.append(f"[{key.idx}]")
+        else:
+            words.append(f".{getattr(key, 'key', getattr(key, 'name', key))}")
+    return "".join(words)
+
+
+def name_of(fun: Callable[..., Any]) -> str:
+    inner = getattr(fun, "func", fun)  # of a partial
+    return str(getattr(inner, "__qualname__", getattr(inner, "__name__", type(inner).__name__)))
+
+
+def all_of(primals: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(
+        i for i, p in enumerate(primals) if any(is_float(as_array(v)) for v in jax.tree.leaves(p))
+    )
+
+
+def outputs_of(out: Any) -> list[Any]:
+    """The floating-point leaves of what a function returns."""
+    leaves = [jnp.asarray(v) for v in jax.tree.leaves(out)]
+    return [v for v in leaves if jnp.issubdtype(v.dtype, jnp.inexact)]
+
+
+def inner(weights: Sequence[Any], values: Sequence[Array]) -> Array:
+    """<weights, values> over all arrays; nothing is conjugated where values are complex."""
+    start = jnp.zeros((), values[0].dtype)
+    terms = zip(weights, values, strict=True)
+    present = [(w, v) for w, v in terms if isinstance(w, jax.core.Tracer) or np.any(w)]
+    return sum((jnp.sum(jnp.asarray(w).astype(v.dtype) * v) for w, v in present), start=start)
+
+
+def output_names(out: Any) -> list[str]:
+    found = jax.tree_util.tree_flatten_with_path(out)[0]
+    if any(jnp.issubdtype(jnp.result_type(v), jnp.complexfloating) for _, v in found):
+        raise TypeError("the function returns complex numbers: only real ones can be checked")
+    return [
+        "output" + keys(path)
+        for path, v in found
+        if jnp.issubdtype(jnp.result_type(v), jnp.floating)
+    ]
+
+
+def check_options(truth: str, directions: int) -> None:
+    if truth not in ("autodiff", "numerical", "both"):
+        raise ValueError(f"truth must be 'autodiff', 'numerical' or 'both', not {truth!r}")
+    if directions < 1:
+        raise ValueError(f"directions must be at least 1, not {directions}")
+
+
+def check_scalar(fun: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    inputs = Inputs(fun, args, all_of(args), False)
+    out = inputs.call_shape(fun)
+    leaves = jax.tree.leaves(out)
+    if len(leaves) != 1 or jnp.shape(leaves[0]) != ():
+        shapes = jax.tree.map(jnp.shape, out)
+        raise ValueError(
+            f"{name_of(fun)} must return one scalar, not {shapes}: sum it, or take jb.check.vjp"
+        )
+    if not jnp.issubdtype(jnp.result_type(leaves[0]), jnp.floating):
+        raise TypeError(
+            f"{name_of(fun)} must return a real floating-point scalar, not {jnp.result_type(leaves[0])}"
+        )

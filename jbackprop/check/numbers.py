@@ -1,0 +1,156 @@
+"""Judging by numbers alone: slopes along random directions, or entry by entry."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from jbackprop.check.judge import CANCELS, Truth, TruthWarning, index_of, measure
+from jbackprop.check.numerical import Slope
+from jbackprop.check.precision import float64, ulps
+from jbackprop.check.report import Figures, Report
+
+EXACT = 256
+"""Arrays of so many entries at most are differentiated numerically entry by entry."""
+UNCONFIRMED = 0.01
+"""A numerical slope with a larger relative error confirms nothing."""
+
+
+def confirm(
+    truth: Truth, probe: Callable[[np.ndarray], Slope], directions: int, rng: Any, dtype: Any
+) -> tuple[Literal["agree", "disagree", "unknown"], str]:
+    """Whether numerical slopes along random directions are those of the autodiff truth."""
+    _, tolerance = truth.tolerance(dtype)
+    norm = float(np.linalg.norm(truth.value))
+    size = max(norm, truth.cancels if truth.cancels > CANCELS * norm else 0.0)
+    worst = 0.0
+    for _ in range(directions):
+        d = rng.standard_normal(truth.value.shape)
+        slope, mine = probe(d), float(np.vdot(truth.value, d))
+        width = slope.high - slope.low
+        if not slope.error <= UNCONFIRMED * max(size, abs(slope.value), np.finfo(float).tiny):
+            if size == 0 and slope.value == 0:
+                continue
+            return "unknown", f"numerical differentiation has an error of {slope.error:.1e} here"
+        gap = slope.distance(mine) - slope.error - width
+        worst = max(worst, slope.error / size if size else 0.0)
+        if gap > 5 * max(tolerance, 1e-9) * size + (0 if size else 1e-300):
+            told = f"along a random direction jax.grad gives {mine:.6g}, and numbers {slope.value:.6g} "
+            return "disagree", told + f"+- {slope.error:.0e} ({slope.method})"
+    return "agree", f"{worst:.0e}"
+
+
+def by_numbers(
+    path: str, kind: str, candidate: Any, probe: Callable[[np.ndarray], Slope], dtype: Any,
+    limit: float, directions: int, rng: Any, exact: bool,
+) -> tuple[Report, np.ndarray | None]:  # fmt: skip
+    """The verdict on one array where only slopes are known; with the truth, if it is small."""
+    c = float64(candidate)
+    if not np.all(np.isfinite(c)):
+        at = index_of(~np.isfinite(c))
+        return Report(path, kind, own="wrong", why=f"{c[at]} at {list(at)}"), None
+    if exact:
+        slopes = [probe(one) for one in _units(c.shape)]
+        value, low, high, error = (
+            np.array([getattr(s, name) for s in slopes]).reshape(c.shape)
+            for name in ("value", "low", "high", "error")
+        )
+        distance = np.maximum(np.maximum(low - c, c - high), 0)
+        scale, blur = float(np.linalg.norm(value)), float(np.linalg.norm(error))
+        kinks = int(np.sum(high > low))
+        figures = measure(c, value, distance, scale, limit, dtype, kinks)
+        gap, loss = figures.error, blur / scale if scale else 0.0
+        known: np.ndarray | None = value
+        if scale == 0 or not math.isfinite(scale):
+            gap, loss = float(np.linalg.norm(c)), blur
+            if gap <= loss or not math.isfinite(scale):
+                why = "nothing but zeros to compare" if scale == 0 else "the truth is not finite"
+                return Report(path, kind, own="inconclusive", why=why, figures=figures), None
+        note = f"{kinks} of {c.size} entries at a kink: any slope between is right" if kinks else ""
+        slack = loss
+    else:
+        drawn = [rng.standard_normal(c.shape) for _ in range(max(directions, 3))]
+        slopes = [probe(d) for d in drawn]
+        gaps = [s.distance(float(np.vdot(c, d))) for s, d in zip(slopes, drawn, strict=True)]
+        scale = _rms([s.value for s in slopes])
+        loss = _rms([s.error for s in slopes]) / scale if scale else math.inf
+        gap, slack, known = _rms(gaps) / scale if scale else math.inf, loss, None
+        ratio = float(np.linalg.norm(c)) / scale if scale else math.nan
+        figures, note = Figures(gap, limit, ratio=ratio), ""
+        if scale == 0 and not np.any(c):
+            why = "nothing but zeros to compare"
+            return Report(path, kind, own="inconclusive", why=why, figures=figures), None
+    if gap > limit + 3 * slack:
+        found = [] if exact else _bisect(c, probe, rng, limit, scale)
+        where = "; ".join(f"{list(i)}: {float(c[i]):.6g} for {t:.6g}" for i, t in found)
+        told = "; ".join(filter(None, (note, where and f"entries that are wrong: {where}")))
+        if found:
+            at, value_at = found[0]
+            figures = dataclasses.replace(
+                figures, index=at, candidate=float(c[at]), truth=value_at,
+                ulps=ulps(float(c[at]), value_at, dtype),
+            )  # fmt: skip
+        return Report(path, kind, own="wrong", why=told, figures=figures), known
+    if loss > limit or not math.isfinite(loss):
+        why = f"the numerical error is {loss:.0e}, above the tolerance {limit:.0e}"
+        return Report(path, kind, own="inconclusive", why=why, figures=figures), known
+    return Report(path, kind, why=note, figures=figures), known
+
+
+def _rms(values: Sequence[float]) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+def _units(shape: tuple[int, ...]) -> Any:
+    for i in range(math.prod(shape)):
+        one = np.zeros(math.prod(shape))
+        one[i] = 1.0
+        yield one.reshape(shape)
+
+
+def _bisect(
+    c: np.ndarray, probe: Callable[[np.ndarray], Slope], rng: Any, limit: float, scale: float,
+    most: int = 3,
+) -> list[tuple[tuple[int, ...], float]]:  # fmt: skip
+    """Entries that are wrong, with their true values: halves of a direction that fail, halved."""
+    found: list[tuple[tuple[int, ...], float]] = []
+
+    def fails(span: range) -> bool:
+        d = np.zeros(c.size)
+        d[span.start : span.stop] = rng.standard_normal(len(span))
+        slope = probe(d.reshape(c.shape))
+        gap = slope.distance(float(np.vdot(c.ravel(), d)))
+        return gap > limit * scale * math.sqrt(len(span) / c.size) + 3 * slope.error
+
+    def search(span: range) -> None:
+        if len(found) >= most:
+            return
+        if len(span) == 1:
+            one = np.zeros(c.size)
+            one[span.start] = 1.0
+            at = tuple(int(i) for i in np.unravel_index(span.start, c.shape))
+            found.append((at, probe(one.reshape(c.shape)).value))
+            return
+        half = len(span) // 2
+        for part in (span[:half], span[half:]):
+            if fails(part):
+                search(part)
+
+    search(range(c.size))
+    return found
+
+
+def warn_of(path: str, told: str) -> str:
+    """Warn that autodiff and numbers disagree; returns the words."""
+    words = (
+        f"{path}: automatic and numerical differentiation disagree: {told}. Numbers know no "
+        "stop_gradient and no custom rule, so they are taken for the truth; if one of these is "
+        "meant, use truth='autodiff'"
+    )
+    warnings.warn(words, TruthWarning, stacklevel=4)
+    return words
