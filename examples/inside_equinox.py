@@ -141,7 +141,7 @@ def main(width: int = 32, steps: int = 300, batch_size: int = 64) -> dict[str, A
     print(f"Trained by Adam for {steps} steps: loss {losses[0]:.3f} -> {losses[-1]:.3f},")
     print(f"  {accuracy:.1%} of {len(x_test)} test digits right")
     return {
-        "rule_error": verdict.worst,
+        "rule_error": verdict.worst_error,
         "rule_ok": verdict.ok,
         "difference": difference,
         "losses": losses,

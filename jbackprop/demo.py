@@ -100,7 +100,7 @@ def run(epochs: int, seed: int, output: Path, show: Any = print, quick: bool = F
     ok = all(verdict.ok for verdict in agreement.values())
     return {
         "ok": ok,
-        "worst_relative_error": {name: verdict.worst for name, verdict in agreement.items()},
+        "worst_relative_error": {name: verdict.worst_error for name, verdict in agreement.items()},
         "test_accuracy": found["accuracy"],
         "last_epoch": history,
         "training_seconds": seconds,

@@ -231,7 +231,7 @@ def test_check_as_a_table_and_as_json(capsys):
 
 def test_check_fails_where_a_rule_is_wrong(monkeypatch, capsys):
     case = catalogue.cases()[0]
-    wrong = check.Agreement((check.Row("net.w", "gradient", 0.5, 0.0, 1e-12),), "float64")
+    wrong = check.Report("net.w", "gradient", own="wrong", figures=check.Figures(0.5, 1e-12))
     monkeypatch.setattr(cli.catalogue, "cases", lambda: [case])
     monkeypatch.setattr(cli.check, "network", lambda *a: wrong)
     assert cli.main(["check"]) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,20 +14,22 @@ from jax import Array
 from jbackprop.check import judge
 from jbackprop.check.diagnosis import Suspect, diagnose
 from jbackprop.check.inputs import Inputs, keys
-from jbackprop.check.judge import TruthKind
+from jbackprop.check.judge import How
 from jbackprop.check.numbers import EXACT, by_numbers, confirm, warn_of
 from jbackprop.check.numerical import Slope, Slopes
-from jbackprop.check.precision import allowed, cast, coarsest, exactly, float64
+from jbackprop.check.precision import allowed, cast, coarsest, compiled, exactly, float64
 from jbackprop.check.programs import enters
 from jbackprop.check.report import Report, composed
 
 
 def judged(
-    path: str, kind: str, inputs: Inputs, candidates: Sequence[Any], scalar: Any, trusted: Any,
-    truth: TruthKind, tolerance: float | None, directions: int, seed: int, exact: bool | None,
-    what: str,
+    inputs: Inputs, candidates: Sequence[Any], scalar: Any, trusted: Any, how: How, what: str,
+    kind: str = "", path: str = "",
 ) -> Report:  # fmt: skip
-    """The report on candidates for the gradient of `scalar(active, passive)`."""
+    """The report on candidates for the gradient of `scalar(active, passive)`.
+
+    `trusted` computes the same, and is what autodiff is let loose on.
+    """
 
     def autodiff(point: Any) -> Any:
         active, passive = point
@@ -34,127 +38,173 @@ def judged(
     def weighed(x: list[Any], data: Any) -> Array:
         return scalar(x, data[0])
 
-    return judged_arrays(
-        path, kind, inputs.names, candidates, inputs, autodiff, weighed, None,
-        truth, tolerance, directions, seed, exact, what, trusted, scalar,
-    )  # fmt: skip
+    return Question(
+        inputs, inputs.names, candidates, autodiff, weighed, None, trusted, scalar, how, what
+    ).report(path, kind)
 
 
-def judged_arrays(
-    path: str, kind: str, names: Sequence[str], candidates: Sequence[Any], inputs: Inputs,
-    autodiff: Any, weighed: Any, tangent: list[np.ndarray] | None, truth: TruthKind,
-    tolerance: float | None, directions: int, seed: int, exact: bool | None, what: str,
-    program: Any, scalar: Any,
-) -> Report:  # fmt: skip
-    point = (inputs.active, inputs.passive)
-    notes, rng = [], np.random.default_rng([seed, 1])
-    dtypes = [coarsest([*inputs.dtypes, np.asarray(c).dtype]) for c in candidates]
-    known: list[judge.Truth] | None = None
-    if truth != "numerical":
+@dataclasses.dataclass
+class Question:
+    """Are these the true arrays of a function at a point?
+
+    Attributes:
+        inputs: the point.
+        names: of the arrays.
+        candidates: the arrays.
+        autodiff: (active, passive) -> the true arrays.
+        weighed: (active, (passive, weights)) -> a scalar, for numbers: the i-th array's inner
+            product with d is its slope along d in the i-th active array; or, where there is a
+            tangent, along that, with d for the i-th weights.
+        tangent: see there.
+        program: the scalar whose gradient the arrays are, without custom rules; None if they are
+            no gradient.
+        scalar: the same as it is.
+        how: what the caller chose.
+        what: what the arrays are.
+    """
+
+    inputs: Inputs
+    names: Sequence[str]
+    candidates: Sequence[Any]
+    autodiff: Any
+    weighed: Any
+    tangent: list[np.ndarray] | None
+    program: Any
+    scalar: Any
+    how: How
+    what: str
+
+    def __post_init__(self) -> None:
+        self.point = self.inputs.active, self.inputs.passive
+        given = self.inputs.dtypes
+        self.dtypes = [coarsest([*given, np.asarray(c).dtype]) for c in self.candidates]
+        self.rng = np.random.default_rng([self.how.seed, 1])
+        self.notes: list[str] = []
+
+    def report(self, path: str, kind: str) -> Report:
+        known = self.known()
+        answers = [self.answer(i, known[i] if known else None) for i in range(len(self.names))]
+        leaves = [leaf for leaf, _ in answers]
+        if any(leaf.verdict == "wrong" for leaf in leaves):
+            parameters = self.inputs.active if self.tangent is None else [None] * len(leaves)
+            suspects = [
+                Suspect(leaf.path, float64(c), value, leaf, parameter, dtype)
+                for (leaf, value), c, parameter, dtype in zip(
+                    answers, self.candidates, parameters, self.dtypes, strict=True
+                )
+            ]
+            leaves = diagnose(suspects, sizes_of(self.inputs), self.program, self.point)
+        source = "values of the function alone, in float64"
+        if known:
+            source = "automatic differentiation in float64"
+        if known and self.how.truth == "both":
+            source += (
+                f", compared with numbers along {self.how.directions} random direction(s) in each"
+            )
+        told = (
+            f"Computed in {coarsest(self.inputs.dtypes)}; truth: {source} (seed {self.how.seed})."
+        )
+        return composed(path, kind, leaves, notes=[told, *self.notes])
+
+    def known(self) -> list[judge.Truth] | None:
+        """The truth by autodiff, if it is asked for and there is one."""
+        if self.how.truth == "numerical":
+            return None
         try:
-            known = judge.truths(autodiff, point, inputs.dtypes, seed)
+            run = compiled(self.autodiff)
+            return judge.truths(run, self.point, self.inputs.dtypes, self.how.seed)
         except Exception as error:  # whatever a function may raise that has no derivative here
-            if truth == "autodiff":
+            if self.how.truth == "autodiff":
                 raise
             told = str(error).split("\n")[0][:200]
-            notes.append(f"jax cannot differentiate it ({type(error).__name__}: {told})")
-    slopes: Slopes | None = None
+            self.notes.append(
+                f"warning: jax cannot differentiate it, so that numbers are the truth: "
+                f"{type(error).__name__}: {told}"
+            )
+            return None
 
-    def probe(i: int, d: np.ndarray) -> Slope:
-        nonlocal slopes
-        wide = [float64(v) for v in inputs.active]
-        with exactly():
-            passive = cast(inputs.passive, "float64")
-        shapes = [np.shape(c) for c in candidates]
-        if tangent is None:
-            data: Any = (passive, ())
-            along = [d if j == i else np.zeros_like(w) for j, w in enumerate(wide)]
-        else:
-            data = (passive, [d if j == i else np.zeros(s) for j, s in enumerate(shapes)])
-            along = tangent
-        if slopes is None:
-            slopes = Slopes(weighed, wide, data)
-        return slopes.along(along, data)
-
-    leaves: list[Report] = []
-    values: list[np.ndarray | None] = []
-    confirmed: list[str] = []
-    for i, (name, c, dtype) in enumerate(zip(names, candidates, dtypes, strict=True)):
-        numbers = known is None
-        leaf, value = None, None
-        if known is not None:
-            leaf, value = judge.compare(name, what, c, known[i], dtype, tolerance), known[i].value
-            finite = bool(np.all(np.isfinite(value)))
-            if truth == "both" and np.shape(c) == value.shape:
-                verdict, told = ("unknown", "") if not finite else confirm(
-                    known[i], lambda d, i=i: probe(i, d), directions, rng, dtype
-                )  # fmt: skip
-                if verdict == "disagree":
-                    notes.append("warning: " + warn_of(name, told))
-                    numbers = True
-                elif not finite:
-                    numbers = True
-                elif verdict == "unknown":
-                    notes.append(f"{name}: jax.grad is not confirmed by numbers: {told}")
-                else:
-                    confirmed.append(told)
-        if numbers:
-            size = int(np.size(c))
-            each = exact if exact is not None else size <= EXACT
-            chain = known[i].chain if known else judge.chains_of(
-                lambda p: [weighed(p[0], (p[1], [np.zeros(np.shape(c)) for c in candidates]))],
-                point, 1,
-            )[0]  # fmt: skip
-            limit = tolerance if tolerance is not None else allowed(chain, dtype)
-            shape = np.shape(inputs.active[i]) if tangent is None else np.shape(c)
-            if np.shape(c) != shape:
-                why = f"has the shape {np.shape(c)}, but must have {shape}"
-                leaf, value = Report(name, what, own="wrong", why=why), None
-            else:
-                fooled = leaf is not None and leaf.ok
-                leaf, value = by_numbers(
-                    name, what, c, lambda d, i=i: probe(i, d), dtype, limit, directions, rng, each
-                )
-                if fooled and leaf.verdict == "wrong":
-                    told = "it agrees with jax.grad, but not with the values of the function"
-                    leaf = judge.because(leaf, told)
-        assert leaf is not None
-        if leaf.verdict == "inconclusive" and not np.any(c) and not _enters(scalar, inputs, i):
+    def answer(self, i: int, truth: judge.Truth | None) -> tuple[Report, np.ndarray | None]:
+        """The verdict on the i-th array, and the truth, as far as it is known entry by entry."""
+        name, c, dtype = self.names[i], self.candidates[i], self.dtypes[i]
+        if truth is None:
+            return self.by_numbers(i, None)
+        leaf = judge.compare(name, self.what, c, truth, dtype, self.how.tolerance)
+        if leaf.verdict == "inconclusive" and not np.any(c) and not self.enters(i):
             why = "zero, as it must be: the function does not depend on it"
-            leaf = Report(name, what, why=why, figures=leaf.figures)
-        leaves.append(leaf)
-        values.append(value)
-    if any(leaf.verdict == "wrong" for leaf in leaves):
-        suspects = [
-            Suspect(leaf.path, float64(c), value, leaf, point_value, dtype)
-            for leaf, c, value, point_value, dtype in zip(
-                leaves, candidates, values,
-                inputs.active if tangent is None else [None] * len(leaves), dtypes, strict=True,
-            )
-        ]  # fmt: skip
-        leaves = diagnose(suspects, _sizes(inputs), program, point)
-    if known is None:
-        source = "values of the function alone, in float64"
-    else:
-        source = "automatic differentiation in float64"
-        if confirmed:
-            source += f", confirmed by numbers along {directions} random directions in each array"
-    dtype = coarsest(inputs.dtypes)
-    notes.insert(0, f"Computed in {dtype}; truth: {source} (seed {seed}).")
-    return composed(path, kind, leaves, notes=notes)
+            return Report(name, self.what, why=why, figures=leaf.figures), truth.value
+        if self.how.truth == "autodiff" or np.shape(c) != truth.value.shape:
+            return leaf, truth.value
+        if not np.all(np.isfinite(truth.value)):
+            return self.by_numbers(i, truth)
+        verdict, told = confirm(
+            truth, lambda d: self.slope(i, d), self.how.directions, self.rng, dtype
+        )
+        if verdict == "disagree":
+            self.notes.append("warning: " + warn_of(name, told))
+            found, value = self.by_numbers(i, truth)
+            if leaf.ok and found.verdict == "wrong":
+                told = "it agrees with jax.grad, but not with the values of the function"
+                found = judge.because(found, told)
+            return found, value
+        if verdict == "unknown":
+            self.notes.append(f"{name}: jax.grad is not confirmed by numbers: {told}")
+        return leaf, truth.value
+
+    def by_numbers(self, i: int, truth: judge.Truth | None) -> tuple[Report, np.ndarray | None]:
+        name, c, dtype, how = self.names[i], self.candidates[i], self.dtypes[i], self.how
+        if self.tangent is None and np.shape(c) != np.shape(self.inputs.active[i]):
+            why = f"has the shape {np.shape(c)}, but must have {np.shape(self.inputs.active[i])}"
+            return Report(name, self.what, own="wrong", why=why), None
+        limit = how.tolerance
+        if limit is None:
+            weights = [np.zeros(np.shape(c)) for c in self.candidates]
+            chain = truth.chain if truth else judge.chains_of(
+                lambda p: [self.weighed(p[0], (p[1], weights))], self.point, 1
+            )[0]  # fmt: skip
+            limit = allowed(chain, dtype)
+        exact = how.exact if how.exact is not None else np.size(c) <= EXACT
+        leaf, value = by_numbers(
+            name, self.what, c, lambda d: self.slope(i, d), dtype, limit, how.directions,
+            self.rng, exact,
+        )  # fmt: skip
+        if leaf.verdict == "inconclusive" and not np.any(c) and not self.enters(i):
+            why = "zero, as it must be: the function does not depend on it"
+            leaf = Report(name, self.what, why=why, figures=leaf.figures)
+        return leaf, value
+
+    @functools.cached_property
+    def slopes(self) -> Slopes:
+        wide = [float64(v) for v in self.inputs.active]
+        return Slopes(self.weighed, wide, self.data(None, None))
+
+    def data(self, i: int | None, d: np.ndarray | None) -> Any:
+        passive = cast(self.inputs.passive, "float64")
+        if self.tangent is None:
+            return passive, ()
+        return passive, [
+            d if j == i else np.zeros(np.shape(c)) for j, c in enumerate(self.candidates)
+        ]
+
+    def slope(self, i: int, d: np.ndarray) -> Slope:
+        """The inner product of the i-th true array with d, by numbers."""
+        along = self.tangent
+        if along is None:
+            along = [d if j == i else np.zeros_like(p) for j, p in enumerate(self.slopes.point)]
+        return self.slopes.along(along, self.data(i, d))
+
+    def enters(self, i: int) -> bool:
+        """Whether the function depends on the i-th active array at all."""
+        if self.scalar is None:
+            return True
+        try:
+            with exactly():
+                active, passive = cast(self.point, "float64")
+                return enters(self.scalar, active, passive, i)
+        except jax.errors.ConcretizationTypeError:
+            return True
 
 
-def _enters(scalar: Any, inputs: Inputs, i: int) -> bool:
-    try:
-        with exactly():
-            return scalar is None or enters(
-                scalar, *cast((inputs.active, inputs.passive), "float64"), i
-            )
-    except jax.errors.ConcretizationTypeError:
-        return True
-
-
-def _sizes(inputs: Inputs) -> dict[int, str]:
+def sizes_of(inputs: Inputs) -> dict[int, str]:
     """The lengths of axes by number, with what they are the length of; for naming factors."""
     shaped = [
         (path, i in inputs._chosen, np.shape(leaf))

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jbackprop.check.edits import Edits
@@ -112,9 +113,9 @@ def _in_one_array(
         return
     factors = list(_factors(sizes))
     if c.shape == t.shape:
-        for value, words in factors:
+        for value, factor in factors:
             if s.explained(value * c):
-                yield True, f"yours times {words}"
+                yield True, f"yours times {factor}"
                 return
     for moved, words in _rearranged(c, t.shape):
         if s.explained(moved):
@@ -253,13 +254,15 @@ def _in_one_derivative(
     suspects: Sequence[Suspect], vague: Sequence[int], program: Any, point: Any, neighbours: Any
 ) -> str:
     """The words of the edit whose gradient is the candidate, in all arrays; "" if there is none."""
-    if any(suspects[i].candidate.shape != np.shape(suspects[i].truth) for i in vague):
-        return ""
+    for i in vague:
+        truth = suspects[i].truth
+        if truth is None or suspects[i].candidate.shape != truth.shape:
+            return ""
     found: list[tuple[float, str]] = []
     try:
         with exactly():
-            wide = cast(point, "float64")
-            edits = Edits(program, *wide, neighbours)
+            active, passive = cast(point, "float64")
+            edits = Edits(program, active, passive, neighbours)
             for edit, arrays in edits.gradients():
                 gaps = [
                     _gap(s, float64(g), i in vague)
@@ -267,7 +270,7 @@ def _in_one_derivative(
                 ]
                 if max(gaps) <= 1:
                     found.append((max(gaps), edit.words))
-    except KeyError:  # an explanation is a service: without one the verdict stands
+    except jax.errors.ConcretizationTypeError:  # cannot be traced
         return ""
     return min(found)[1] if found else ""
 
@@ -282,5 +285,5 @@ def _gap(s: Suspect, mutated: np.ndarray, wrong: bool) -> float:
     if wrong:
         return distance / s.limit if s.limit else math.inf
     f = s.leaf.figures
-    size = max(float(np.linalg.norm(mutated)), np.finfo(float).tiny)
-    return distance / size / f.tolerance if f and f.tolerance else 0.0
+    within = f.tolerance * float(np.linalg.norm(mutated)) if f else 0.0
+    return distance / within if within else (0.0 if distance == 0 else math.inf)

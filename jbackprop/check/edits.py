@@ -139,9 +139,9 @@ class Edits:
             def bound(*v: Any) -> Any:
                 return eqn.primitive.bind(*v, **eqn.params)
 
-            for words, g in _AGAIN.items():
+            for words, slope in _AGAIN.items():
                 told = f"the delta of the net input {_join(eqn)} is multiplied by {words}"
-                yield told, lambda *v, g=g: _delta_times(g, bound(*v))
+                yield told, lambda *v, slope=slope: _delta_times(slope, bound(*v))
 
 
 def _as_is(eqn: Any, values: list[Any], depends: list[bool], go: Any) -> list[Any]:
@@ -184,7 +184,7 @@ def _join(eqn: Any) -> str:
 
 def _untransposed(eqn: Any, depends: list[bool]) -> Iterator[tuple[str, Any]]:
     """A square matrix that carries the delta back the way it carried the activation there."""
-    (contracted, batch), stop = eqn.params["dimension_numbers"], lax.stop_gradient
+    (_, batch), stop = eqn.params["dimension_numbers"], lax.stop_gradient
     for m in (0, 1):
         shape = eqn.invars[m].aval.shape
         if len(shape) != 2 or shape[0] != shape[1] or batch[0] or not depends[1 - m]:

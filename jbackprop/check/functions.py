@@ -1,4 +1,4 @@
-"""Is this the gradient of that function? Is the rule of this function right? For any JAX function."""
+"""Is this the gradient of that function? Is the rule of this function right?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jbackprop.check.arrays import judged, judged_arrays, same_all
+from jbackprop.check.arrays import Question, judged, same_all
 from jbackprop.check.inputs import (
     Inputs,
     all_of,
@@ -21,7 +21,7 @@ from jbackprop.check.inputs import (
     output_names,
     outputs_of,
 )  # fmt: skip
-from jbackprop.check.judge import TruthKind
+from jbackprop.check.judge import How, TruthKind
 from jbackprop.check.precision import as_given, coarsest, compiled, float64
 from jbackprop.check.programs import without_custom_rules
 from jbackprop.check.report import Report, composed, demand
@@ -76,10 +76,10 @@ def gradient(
     def scalar(active: list[Any], passive: list[Any]) -> Array:
         return jnp.asarray(inputs.call(fun, active, passive))
 
+    how = How(truth, tolerance, directions, seed, exact)
     return judged(
-        "jb.check.gradient", name_of(fun), inputs, candidates, scalar, scalar,
-        truth, tolerance, directions, seed, exact, "gradient",
-    )  # fmt: skip
+        inputs, candidates, scalar, scalar, how, "gradient", name_of(fun), "jb.check.gradient"
+    )
 
 
 def vjp(
@@ -153,15 +153,12 @@ def vjp(
         def bare(active: list[Any], passive: list[Any], contracted: Any = contracted) -> Array:
             return without_custom_rules(contracted)(active, passive)
 
-        report = judged(
-            "", label, inputs, found, contracted, bare,
-            truth, tolerance, directions, seed, exact, f"cotangent {label}".strip(),
-        )  # fmt: skip
-        parts.append(report)
+        how, what = How(truth, tolerance, directions, seed, exact), f"cotangent {label}".strip()
+        parts.append(judged(inputs, found, contracted, bare, how, what, label))
         if not label:
             parts += [
-                same_all("forward part", names, value, outputs, "what the function itself returns"),
-                same_all("zero cotangent", inputs.names, none, [0 * float64(v) for v in none], "zero"),
+                same_all("forward part", names, value, outputs, "what the function returns"),
+                same_all("zero cotangent", inputs.names, none, [0 * v for v in none], "zero"),
                 same_all(
                     "twice the cotangent", inputs.names, twice, [2 * float64(v) for v in found],
                     "twice the result: the rule is linear",
@@ -231,18 +228,17 @@ def jvp(
             v = [float64(d) for d in given]
 
         def bare(point: Any, v: Any = v) -> Any:
-            return rule(without_custom_rules(outputs), *point, v)
+            active, passive = point
+            return rule(without_custom_rules(outputs), active, passive, v)
 
         def weighed(x: list[Any], data: Any) -> Array:
             passive, weights = data
             return inner(weights, outputs(x, passive))
 
-        parts.append(
-            judged_arrays(
-                "", label, names, [np.asarray(f) for f in found], inputs, bare, weighed,
-                v, truth, tolerance, directions, seed, exact, f"tangent {label}".strip(), None, None,
-            )
-        )  # fmt: skip
+        candidates = [np.asarray(f) for f in found]
+        how, what = How(truth, tolerance, directions, seed, exact), f"tangent {label}".strip()
+        question = Question(inputs, names, candidates, bare, weighed, v, None, None, how, what)
+        parts.append(question.report("", label))
     return composed("jb.check.jvp", name_of(fun), parts)
 
 

@@ -101,8 +101,11 @@ class Inputs:
 
 
 def as_array(leaf: Any) -> Any:
-    if isinstance(leaf, float | np.floating) and not isinstance(leaf, np.ndarray):
+    """Concrete numbers, Python's floats too, as NumPy's; PRNG keys and the rest as they are."""
+    if isinstance(leaf, float | np.floating):
         return np.asarray(leaf, getattr(leaf, "dtype", jnp.result_type(float)))
+    if isinstance(leaf, jax.Array) and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return np.asarray(leaf)
     return leaf
 
 
@@ -128,11 +131,13 @@ def keys(path: Any) -> str:
 
 
 def name_of(fun: Callable[..., Any]) -> str:
+    """What a function is called."""
     inner = getattr(fun, "func", fun)  # of a partial
     return str(getattr(inner, "__qualname__", getattr(inner, "__name__", type(inner).__name__)))
 
 
 def all_of(primals: tuple[Any, ...]) -> tuple[int, ...]:
+    """The numbers of the arguments that have floating-point leaves."""
     return tuple(
         i for i, p in enumerate(primals) if any(is_float(as_array(v)) for v in jax.tree.leaves(p))
     )
@@ -153,6 +158,7 @@ def inner(weights: Sequence[Any], values: Sequence[Array]) -> Array:
 
 
 def output_names(out: Any) -> list[str]:
+    """The names of the floating-point leaves of what a function returns."""
     found = jax.tree_util.tree_flatten_with_path(out)[0]
     if any(jnp.issubdtype(jnp.result_type(v), jnp.complexfloating) for _, v in found):
         raise TypeError("the function returns complex numbers: only real ones can be checked")
@@ -164,6 +170,7 @@ def output_names(out: Any) -> list[str]:
 
 
 def check_options(truth: str, directions: int) -> None:
+    """Raise for options that mean nothing."""
     if truth not in ("autodiff", "numerical", "both"):
         raise ValueError(f"truth must be 'autodiff', 'numerical' or 'both', not {truth!r}")
     if directions < 1:
@@ -171,6 +178,7 @@ def check_options(truth: str, directions: int) -> None:
 
 
 def check_scalar(fun: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Raise unless a function returns one real number."""
     inputs = Inputs(fun, args, all_of(args), False)
     out = inputs.call_shape(fun)
     leaves = jax.tree.leaves(out)
@@ -179,7 +187,6 @@ def check_scalar(fun: Callable[..., Any], args: tuple[Any, ...]) -> None:
         raise ValueError(
             f"{name_of(fun)} must return one scalar, not {shapes}: sum it, or take jb.check.vjp"
         )
-    if not jnp.issubdtype(jnp.result_type(leaves[0]), jnp.floating):
-        raise TypeError(
-            f"{name_of(fun)} must return a real floating-point scalar, not {jnp.result_type(leaves[0])}"
-        )
+    dtype = jnp.result_type(leaves[0])
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name_of(fun)} must return a real floating-point scalar, not {dtype}")

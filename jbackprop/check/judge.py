@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,6 @@ from jbackprop.check.precision import (
     as_given,
     cast,
     coarsest,
-    compiled,
     exactly,
     float64,
     is_float,
@@ -39,6 +38,18 @@ TruthKind = Literal["autodiff", "numerical", "both"]
 
 HOPELESS = 0.1
 """Where rounding may leave more than this, a candidate within it is not called right."""
+
+
+class How(NamedTuple):
+    """How a check is to be made; `functions.gradient` says what each means."""
+
+    truth: TruthKind = "both"
+    tolerance: float | None = None
+    directions: int = 2
+    seed: int = 0
+    exact: bool | None = None
+
+
 CANCELS = 1000.0
 """A truth is zero by nature if what cancels in it is so many times larger."""
 
@@ -83,12 +94,12 @@ class Truth:
 
 
 def truths(
-    autodiff: Callable[[Any], Sequence[Any]], point: Any, dtypes: Sequence[Any], seed: int
+    run: Callable[[Any], Sequence[Any]], point: Any, dtypes: Sequence[Any], seed: int
 ) -> list[Truth]:
     """Automatic differentiation in float64 at a point, and what is to be known about it.
 
     Args:
-        autodiff: point -> arrays; traced for float64 and for the lower dtype.
+        run: point -> arrays, compiled, for float64 and for the lower dtype.
         point: a tree of arrays; all of its floating-point leaves may be moved a little.
         dtypes: those of the point's floating-point leaves.
         seed: of the little moves.
@@ -96,7 +107,6 @@ def truths(
     rng = np.random.default_rng(seed)
     given = coarsest(list(dtypes))
     low = given if given != jnp.float64 else jnp.dtype("float32")
-    run = compiled(lambda at: [jnp.asarray(v) for v in autodiff(at)])
 
     def moved(by: float, signs: Any) -> Any:
         return jax.tree.map(
@@ -106,7 +116,7 @@ def truths(
     wide = cast(point, "float64")
     with exactly():
         value = [float64(v) for v in run(wide)]
-        chains = chains_of(autodiff, wide, len(value))
+        chains = chains_of(run, wide, len(value))
         lows, highs = ([v.copy() for v in value] for _ in range(2))
         for _ in range(2):
             signs = jax.tree.map(lambda v: rng.choice([-1.0, 1.0], np.shape(v)), wide)
@@ -114,19 +124,20 @@ def truths(
                 for i, v in enumerate(run(moved(side * 16 * roundoff(given), signs))):
                     lows[i] = np.fmin(lows[i], float64(v))
                     highs[i] = np.fmax(highs[i], float64(v))
-    low_run = compiled(lambda at: [jnp.asarray(v) for v in autodiff(at)])
     noise = [0.0] * len(value)
     for draw in range(3):
         at = point if low == given else cast(wide, low)
         if draw:
             u = 2 * roundoff(low)
-            at = jax.tree.map(
-                lambda v: (float64(v) * (1 + u * rng.standard_normal(np.shape(v)))).astype(v.dtype)
-                if is_float(v) else v,
-                at,
-            )  # fmt: skip
+            near = [
+                (float64(v) * (1 + u * rng.standard_normal(np.shape(v)))).astype(v.dtype)
+                if is_float(v)
+                else v
+                for v in jax.tree.leaves(at)
+            ]
+            at = jax.tree.unflatten(jax.tree.structure(at), near)
         with as_given(low):
-            found = [float64(v) for v in low_run(at)]
+            found = [float64(v) for v in run(at)]
         with exactly():
             right = (
                 [float64(v) for v in run(cast(at, "float64"))] if draw or low != given else value
@@ -144,6 +155,7 @@ def truths(
 
 
 def chains_of(autodiff: Callable[..., Any], point: Any, n: int) -> list[tuple[int, int]]:
+    """`rounding`, or a guess where a function cannot be traced."""
     try:
         return rounding(autodiff, point)
     except jax.errors.ConcretizationTypeError:  # cannot be traced: as many as one would think
@@ -231,6 +243,7 @@ def measure(
 
 
 def index_of(mask: np.ndarray) -> tuple[int, ...]:
+    """Where a mask is first true."""
     return tuple(int(i) for i in np.unravel_index(int(np.argmax(mask)), mask.shape))
 
 

@@ -13,7 +13,7 @@ from jax import Array
 
 from jbackprop.check.arrays import judged
 from jbackprop.check.inputs import Inputs, check_options, inner
-from jbackprop.check.judge import TruthKind
+from jbackprop.check.judge import How, TruthKind
 from jbackprop.check.precision import FLOOR64, as_given, cast, exactly, float64, is_float
 from jbackprop.check.programs import reached
 from jbackprop.check.report import Figures, Report, composed, demand
@@ -79,10 +79,10 @@ def layer(
         dtype or jnp.result_type(*(jax.tree.leaves(params) or filter(is_float, jax.tree.leaves(x))))
     )
     with as_given(dtype):
-        rule = _Rule(layer, *cast((params, x), dtype), key, seed)
+        rule = _Rule(layer, cast((params, x), dtype), key, seed)
     agreement = rule.agreement(dtype, truth, tolerance, directions, seed)
     with exactly():
-        wide = _Rule(layer, *cast((params, x), "float64"), key, seed)
+        wide = _Rule(layer, cast((params, x), "float64"), key, seed)
         laws = list(wide.laws())
     notes = []
     if layer.couples_examples:
@@ -100,7 +100,8 @@ def assert_layer(layer_: Node, x_shape: tuple[int, ...] | None = None, **options
 class _Rule:
     """A layer at one mini-batch, with two random deltas."""
 
-    def __init__(self, layer: Node, params: PyTree, x: Any, key: Any, seed: int) -> None:
+    def __init__(self, layer: Node, point: Any, key: Any, seed: int) -> None:
+        params, x = point
         self.layer, self.params, self.x, self.key = layer, params, x, key
         rng = np.random.default_rng([seed, 2])
         shapes = jax.eval_shape(lambda p, x: forward(layer, p, x, key)[0], params, x)
@@ -133,10 +134,8 @@ class _Rule:
         def scalar(active: list[Any], passive: list[Any]) -> Array:
             return inner(u, jax.tree.leaves(inputs.call(fun, active, passive)))
 
-        return judged(
-            "", "", inputs, candidates, scalar, scalar, truth, tolerance, directions, seed, None,
-            "alone",
-        )  # fmt: skip
+        how = How(truth, tolerance, directions, seed)
+        return judged(inputs, candidates, scalar, scalar, how, "alone")
 
     def laws(self) -> Iterator[Report]:
         params, x, u, v = self.params, self.x, self.u, self.v
@@ -174,18 +173,17 @@ class _Rule:
         def along(moving: list[Any]) -> Any:
             left = iter(moving)
             leaves = [next(left) if is_float(leaf) else leaf for leaf in inputs]
-            return jax.tree.leaves(
-                forward(self.layer, *jax.tree.unflatten(tree, leaves), self.key)[0]
-            )
+            params, x = jax.tree.unflatten(tree, leaves)
+            return jax.tree.leaves(forward(self.layer, params, x, self.key)[0])
 
         _, jv = jax.jvp(along, ([leaf for leaf in inputs if is_float(leaf)],), (v,))
         delta_x, gradients = of_u
         back = jax.tree.leaves((gradients, delta_x))
         there = [float64(a) * b for a, b in zip(jv, jax.tree.leaves(self.u), strict=True)]
         here = [float64(a) * b for a, b in zip(back, v, strict=True)]
-        sums = [sum(float(np.sum(term)) for term in terms) for terms in (here, there)]
+        left, right = (np.asarray(sum(np.sum(term) for term in terms)) for terms in (here, there))
         size = sum(float(np.sum(np.abs(term))) for term in (*here, *there))
-        return equal("adjoint: <J v, u> = <v, J^T u>", *map(np.asarray, sums), size)
+        return equal("adjoint: <J v, u> = <v, J^T u>", left, right, size)
 
     def each(self) -> Iterator[Report]:
         _, pairs = self.swept(self.params, self.x, self.u, keep)
@@ -266,6 +264,10 @@ class _Rule:
         return law("nothing is kept that nobody reads", not idle, f"backward does not read {names}")
 
 
+def _alike(a: PyTree, b: PyTree) -> bool:
+    return str(jax.tree.structure(a)) == str(jax.tree.structure(b))
+
+
 def norm(tree: PyTree) -> float:
     """The norm of all entries of a tree."""
     return math.sqrt(sum(float(np.sum(np.square(float64(v)))) for v in jax.tree.leaves(tree)))
@@ -278,7 +280,7 @@ def law(name: str, holds: bool, why: str) -> Report:
 
 def equal(name: str, found: PyTree, due: PyTree, size: float | None = None) -> Report:
     """A law that two trees are equal, up to rounding in float64, relative to the size."""
-    if jax.tree.structure(found) != jax.tree.structure(due):
+    if not _alike(found, due):
         return law(name, False, "the results have different structures")
     gaps = jax.tree.map(lambda a, b: float64(a) - float64(b), found, due)
     size = norm(due) if size is None else size

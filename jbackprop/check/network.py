@@ -9,6 +9,7 @@ wrong rule does not put the ones below it in doubt.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -119,71 +120,23 @@ class _Check:
         self.directions, self.seed = directions, seed
         self.notes: list[str] = []
 
-    def by_autodiff(self, point: Any) -> dict[str, Any]:
-        params, x, y = point
-        net, loss = self.net, self.loss
-        taps, both = tapped(net, params, x)
-
-        def cost(both: PyTree, x: Any, y: Any) -> Array:
-            return jnp.sum(loss.value(forward(taps, both, x)[0], y))
-
-        def deltas_of_one(example: Any) -> dict[str, Any]:
-            g = jax.grad(cost)(both, *jax.tree.map(lambda leaf: leaf[None], example))
-            return {path: part[1] for path, _, part in walk(net, g)}
-
-        deltas = jax.vmap(deltas_of_one)((x, y))
-        entered, z = _inputs(net, params, x)
-        found: dict[str, Any] = {
-            "loss": {"delta": jax.grad(lambda z: jnp.sum(loss.value(z, y)))(z)}
-        }
-        for path, layer, (own, _) in walk(net, jax.grad(cost)(both, x, y)):
-            found[path] = {"delta": deltas[path], "gradient": own}
-        for path, layer, own in walk(net, params):
-            found[path]["dC/dx"] = _by_vjp(layer, own, entered[path], deltas[path])
-        return found
-
-    def by_rule(self, point: Any) -> dict[str, Any]:
-        """All together, as the sweep has them."""
-        params, x, y = point
-        taps, both = tapped(self.net, params, x)
-
-        def collect(factored: PyTree, delta: Any, aux: Any) -> PyTree:
-            own, _ = factored
-            own = jax.tree.map(lambda pair: pair.total(), own, is_leaf=is_factored)
-            return {"delta": delta, "gradient": own}
-
-        swept = sweep(taps, self.loss, both, x, y, collect)
-        found = {path: part for path, _, part in walk(self.net, swept.collected)}
-        return found | {"loss": {"delta": self.loss.delta(swept.outputs, y)}}
-
-    def by_each_rule(self, point: Any, deltas: dict[str, Any]) -> dict[str, Any]:
-        """Each layer by itself, with the true delta handed in."""
-        params, x, _ = point
-        entered, _ = _inputs(self.net, params, x)
-        found = {}
-        for path, layer, own in walk(self.net, params):
-            x = entered[path]
-            z, saved = forward(layer, own, x)
-            trace = Trace(
-                x if "x" in layer.reads else None, z if "y" in layer.reads else None, saved
-            )
-            delta = jax.tree.map(lambda d, v: d.astype(v.dtype), deltas[path], z)
-            delta_x, own = backward(layer, own, trace, delta, total)
-            found[path] = {"gradient": own, "dC/dx": _floats(delta_x, x)}
-        return found
-
     def report(self) -> Report:
         with exactly():
-            shapes = jax.eval_shape(self.by_autodiff, cast(self.point, "float64"))
+            shapes = jax.eval_shape(
+                functools.partial(_by_autodiff, self.net, self.loss), cast(self.point, "float64")
+            )
         known = judge.truths(
-            lambda p: jax.tree.leaves(self.by_autodiff(p)), self.point, [self.dtype], self.seed
+            lambda p: jax.tree.leaves(_by_autodiff(self.net, self.loss, p)),
+            self.point,
+            [self.dtype],
+            self.seed,
         )
         truths = dict(zip(_flat(shapes), known, strict=True))
         true = jax.tree.unflatten(jax.tree.structure(shapes), [t.value for t in known])
         deltas = {path: part["delta"] for path, part in cast(true, self.dtype).items()}
         with as_given(self.dtype):
-            together = _flat(jax.jit(self.by_rule)(self.point))
-            alone = _flat(jax.jit(self.by_each_rule)(self.point, deltas))
+            together = _flat(_by_rule(self.net, self.loss, self.point))
+            alone = _flat(_by_each_rule(self.net, self.point, deltas))
         verdicts = {key: self._leaf(key, key[1], c, truths[key]) for key, c in together.items()}
         rules = {
             key: self._leaf(key, f"{key[1]} alone", c, truths[key]) for key, c in alone.items()
@@ -197,7 +150,7 @@ class _Check:
             own = [leaf for key, leaf in rules.items() if key[0] == path]
             mine = [leaf for key, leaf in verdicts.items() if key[0] == path]
             parts.append(composed(path, repr(layer), [*mine, *own]))
-        return composed("jb.check.network", "", parts, _first(parts, layers), self._told())
+        return composed("jb.check.network", "", parts, _first(parts), self._told())
 
     def _leaf(self, key: tuple[str, str, str], kind: str, c: Any, truth: judge.Truth) -> Report:
         return judge.compare(key[0] + key[2], kind, c, truth, self.dtype, self.tolerance)
@@ -295,10 +248,8 @@ class _Check:
                     for name, other, theirs in layers
                     if other != layer and not jax.tree.leaves(theirs)
                 }
-                found = diagnose(
-                    suspects, sizes, *self._alone(layer, own, entered[path], true[path]["delta"]),
-                    neighbours,
-                )  # fmt: skip
+                program, point = self._alone(layer, own, entered[path], true[path]["delta"])
+                found = diagnose(suspects, sizes, program, point, neighbours)
                 rules.update(zip(mine, found, strict=True))
                 blame = blame or f"{path}, {layer}"
                 for key in mine:
@@ -338,10 +289,65 @@ class _Check:
         return program, (active, [jax.tree.leaves(delta), list(map(np.asarray, inputs))])
 
 
-def _first(parts: list[Report], layers: list[Any]) -> str:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _by_autodiff(net: Node, loss: Loss, point: Any) -> dict[str, Any]:
+    """The truth, where the dtype is float64."""
+    params, x, y = point
+    taps, both = tapped(net, params, x)
+
+    def cost(both: PyTree, x: Any, y: Any) -> Array:
+        return jnp.sum(loss.value(forward(taps, both, x)[0], y))
+
+    def deltas_of_one(example: Any) -> dict[str, Any]:
+        g = jax.grad(cost)(both, *jax.tree.map(lambda leaf: leaf[None], example))
+        return {path: part[1] for path, _, part in walk(net, g)}
+
+    deltas = jax.vmap(deltas_of_one)((x, y))
+    entered, z = _inputs(net, params, x)
+    found: dict[str, Any] = {"loss": {"delta": jax.grad(lambda z: jnp.sum(loss.value(z, y)))(z)}}
+    for path, _, (own, _) in walk(net, jax.grad(cost)(both, x, y)):
+        found[path] = {"delta": deltas[path], "gradient": own}
+    for path, layer, own in walk(net, params):
+        found[path]["dC/dx"] = _by_vjp(layer, own, entered[path], deltas[path])
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _by_rule(net: Node, loss: Loss, point: Any) -> dict[str, Any]:
+    """All together, as the sweep has them."""
+    params, x, y = point
+    taps, both = tapped(net, params, x)
+
+    def collect(factored: PyTree, delta: Any, aux: Any) -> PyTree:
+        own, _ = factored
+        own = jax.tree.map(lambda pair: pair.total(), own, is_leaf=is_factored)
+        return {"delta": delta, "gradient": own}
+
+    swept = sweep(taps, loss, both, x, y, collect)
+    found = {path: part for path, _, part in walk(net, swept.collected)}
+    return found | {"loss": {"delta": loss.delta(swept.outputs, y)}}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _by_each_rule(net: Node, point: Any, deltas: dict[str, Any]) -> dict[str, Any]:
+    """Each layer by itself, with the true delta handed in."""
+    params, x, _ = point
+    entered, _ = _inputs(net, params, x)
+    found = {}
+    for path, layer, own in walk(net, params):
+        x = entered[path]
+        z, saved = forward(layer, own, x)
+        trace = Trace(x if "x" in layer.reads else None, z if "y" in layer.reads else None, saved)
+        delta = jax.tree.map(lambda d, v: d.astype(v.dtype), deltas[path], z)
+        delta_x, own = backward(layer, own, trace, delta, total)
+        found[path] = {"gradient": own, "dC/dx": _floats(delta_x, x)}
+    return found
+
+
+def _first(parts: list[Report]) -> str:
     """The first that is wrong, from the output back."""
     if parts[0].verdict == "wrong":
-        return f"The first that is wrong, from the output back: the delta of the loss, {parts[0].kind}."
+        return f"The first that is wrong: the delta of the loss, {parts[0].kind}."
     for part in parts[1:]:
         if any(leaf.kind.endswith("alone") for leaf in part.wrong):
             return f"The first rule that is wrong, from the output back: {part.path}, {part.kind}."

@@ -40,8 +40,8 @@ def confirm(
         gap = slope.distance(mine) - slope.error - width
         worst = max(worst, slope.error / size if size else 0.0)
         if gap > 5 * max(tolerance, 1e-9) * size + (0 if size else 1e-300):
-            told = f"along a random direction jax.grad gives {mine:.6g}, and numbers {slope.value:.6g} "
-            return "disagree", told + f"+- {slope.error:.0e} ({slope.method})"
+            told = f"along a random direction jax.grad gives {mine:.6g}, and numbers "
+            return "disagree", f"{told}{slope.value:.6g} +- {slope.error:.0e} ({slope.method})"
     return "agree", f"{worst:.0e}"
 
 

@@ -64,8 +64,9 @@ def is_float(leaf: Any) -> bool:
 
 
 def cast(tree: PyTree, dtype: Any) -> PyTree:
-    """Floating-point leaves to dtype; the others as they are."""
-    return jax.tree.map(lambda v: v.astype(dtype) if is_float(v) else v, tree)
+    """Concrete floating-point leaves to dtype, whatever the flags; the others as they are."""
+    dtype = jnp.dtype(dtype)
+    return jax.tree.map(lambda v: np.asarray(v).astype(dtype) if is_float(v) else v, tree)
 
 
 def float64(leaf: Any) -> np.ndarray:
@@ -96,8 +97,8 @@ def roundoff(dtype: Any) -> float:
 def ulps(candidate: float, truth: float, dtype: Any) -> float:
     """|candidate - truth| in units in the last place of the truth."""
     info = jnp.finfo(dtype)
-    exponent = math.frexp(abs(truth))[1] - 1 if truth else -math.inf
-    unit = max(math.ldexp(float(info.eps), exponent) if truth else 0.0, float(info.tiny * info.eps))
+    least = float(info.tiny) * float(info.eps)
+    unit = max(math.ldexp(float(info.eps), math.frexp(truth)[1] - 1), least) if truth else least
     return abs(candidate - truth) / unit if unit else math.nan
 
 
@@ -129,14 +130,14 @@ def rounding(fun: Callable[..., Any], *args: Any) -> list[tuple[int, int]]:
 def allowed(chain: tuple[int, int], dtype: Any) -> float:
     """The relative error that so much rounding may leave: random in sign, so that roots add.
 
-    Four units for each root: u sqrt(roundings) + u' sqrt(terms), u' in float32 at least, in which
-    sums are kept.
+    8 u sqrt(roundings) + u' sqrt(terms), where u' is of float32 at least, in which sums are kept.
+    An elementary function may be off by several units in float32 and float64, hence the 8; in
+    half precision it is rounded from float32, and 1 is enough.
     """
     rounds, terms = chain
-    found = 4 * roundoff(dtype) * math.sqrt(rounds + 1)
-    if roundoff(dtype) > roundoff("float32"):
-        found /= 4  # such a dtype has a unit so large that its users want to know of one
-    found += 4 * roundoff(wide_dtype(jnp.dtype(dtype))) * math.sqrt(terms)
+    units = 8 if roundoff(dtype) <= roundoff("float32") else 1
+    found = units * roundoff(dtype) * math.sqrt(rounds + 1)
+    found += roundoff(wide_dtype(jnp.dtype(dtype))) * math.sqrt(terms)
     return max(found, FLOOR64)
 
 

@@ -51,6 +51,7 @@ def enters(fun: Callable[..., Any], active: list[Any], passive: list[Any], i: in
 
 
 def reached(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
+    """Which outputs of a program depend on any of the inputs that are flagged."""
     at = dict(zip(jaxpr.invars, flags, strict=True))
     for eqn in jaxpr.eqns:
         given = [not hasattr(v, "val") and at.get(v, False) for v in eqn.invars]
