@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from problems import normal, rows, swish_slope, tanh_slope
+from nets import normal, rows, tanh_slope
+from problems import swish_slope
 
 import jbackprop as jb
 
@@ -98,8 +99,10 @@ def softmax_diagonal(args: Any, g: Array) -> Any:
 
 
 def _rms(x: Array, gain: Array) -> Array:
-    return x / jnp.sqrt(jnp.mean(jnp.square(x), axis=1, keepdims=True)) * jnp.broadcast_to(
-        gain, x.shape
+    return (
+        x
+        / jnp.sqrt(jnp.mean(jnp.square(x), axis=1, keepdims=True))
+        * jnp.broadcast_to(gain, x.shape)
     )
 
 
@@ -148,7 +151,12 @@ POWER = Ruled(
     lambda args, g: (g * args[1].astype(g.dtype) * args[0] ** 2, None),
     (np.abs(_x) + 0.5, np.array(3, "int32")),
 )
-CUMSUM = Ruled("cumulative sum", lambda x: jnp.cumsum(x), lambda args, g: (jnp.cumsum(g[::-1])[::-1],), (_z[:, 0],))
+CUMSUM = Ruled(
+    "cumulative sum",
+    lambda x: jnp.cumsum(x),
+    lambda args, g: (jnp.cumsum(g[::-1])[::-1],),
+    (_z[:, 0],),
+)
 
 
 # Forward rules.
@@ -176,9 +184,7 @@ def solve_push(args: Any, tangents: Any, matrix: float = 1.0) -> Array:
     return jnp.linalg.solve(a, tb - matrix * (ta @ jnp.linalg.solve(a, b)))
 
 
-TANH = Ruled(
-    "tanh", jnp.tanh, lambda args, t: tanh_slope(args[0]) * t[0], (_z,), forward=True
-)
+TANH = Ruled("tanh", jnp.tanh, lambda args, t: tanh_slope(args[0]) * t[0], (_z,), forward=True)
 PRODUCT = Ruled("product", lambda x, y: x * y, product_push, (_x, _x[::-1] + 1), forward=True)
 LOGSUMEXP = Ruled(
     "logsumexp", lambda z: jax.nn.logsumexp(z, axis=1), _logsumexp_push, (_z,), forward=True

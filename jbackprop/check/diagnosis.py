@@ -85,11 +85,17 @@ def diagnose(
     for i, suspect in enumerate(suspects):
         if suspect.leaf.verdict != "wrong" or suspect.truth is None:
             continue
-        if not np.all(np.isfinite(suspect.candidate)) or not np.all(np.isfinite(suspect.truth)):
+        if not np.all(np.isfinite(suspect.truth)):
+            continue
+        if not np.all(np.isfinite(suspect.candidate)):
+            leaves[i] = dataclasses.replace(leaves[i], diagnosis=_not_finite(suspect))
             continue
         certain, words = next(_in_one_array(suspect, suspects, sizes), (False, ""))
         leaves[i] = dataclasses.replace(leaves[i], diagnosis=words)
-        if not certain:
+        if suspect.leaf.diagnosis:  # known before: a rule inside that is wrong
+            both = "; ".join(filter(None, (suspect.leaf.diagnosis, words)))
+            leaves[i] = dataclasses.replace(leaves[i], diagnosis=both)
+        elif not certain:
             vague.append(i)
     if vague and program is not None:
         words = _in_one_derivative(suspects, vague, program, point, dict(neighbours or {}))
@@ -97,6 +103,22 @@ def diagnose(
             for i in vague:
                 leaves[i] = dataclasses.replace(leaves[i], diagnosis=words)
     return leaves
+
+
+def _not_finite(s: Suspect) -> str:
+    """How much of it is not finite, and whether the rest is right."""
+    assert s.truth is not None
+    c, finite = s.candidate, np.isfinite(s.candidate)
+    if c.shape != s.truth.shape or not np.any(finite):
+        return "nan or inf in every entry" if not np.any(finite) else ""
+    words = " and ".join(
+        name for name, found in (("nan", np.isnan(c)), ("inf", np.isinf(c))) if np.any(found)
+    )
+    f = s.leaf.figures
+    limit = f.tolerance * float(np.linalg.norm(s.truth)) if f else 0.0
+    rest = np.linalg.norm((c - s.truth)[finite]) <= limit
+    n = c.size - int(np.sum(finite))
+    return f"yours but for {words} in {n} of {c.size} entries; the others are right" * bool(rest)
 
 
 # --- Mistakes in one array ----------------------------------------------------------------------
@@ -131,19 +153,19 @@ def _in_one_array(
         return
     if s.parameter is not None:
         w = float64(s.parameter)
-        for shape, words in ((w, s.name), (np.sign(w), f"the sign of {s.name}")):
+        for shape, words in ((w, "the parameter"), (np.sign(w), "the sign of the parameter")):
             yield from _multiple(s, shape, words, factors)
     if s.explained(np.sign(t) * np.abs(c)) and np.all(c >= 0):
         yield True, "yours with the signs of the truth: an absolute value has been taken"
     yield from _few_entries(s, factors)
-    factor = float(np.vdot(c, t) / np.vdot(c, c))
-    if c.size > 1 and s.explained(factor * c):
-        yield False, f"yours times {factor:.6g}"
+    fitted = float(np.vdot(c, t) / np.vdot(c, c))
+    if c.size > 1 and s.explained(fitted * c):
+        yield False, f"yours times {fitted:.6g}"
 
 
 def _factors(sizes: Mapping[int, str]) -> Iterator[tuple[float, str]]:
     """Numbers that people forget, or have too many of, and their names."""
-    yield -1.0, "-1"
+    yield -1.0, "-1: its sign is flipped"
     named = [(2.0, "2"), (0.5, "1/2"), (3.0, "3"), (1 / 3, "1/3"), (4.0, "4"), (0.25, "1/4")]
     for n, what in sizes.items():
         named += [
@@ -187,7 +209,7 @@ def _rearranged(c: np.ndarray, shape: tuple[int, ...]) -> Iterator[tuple[np.ndar
     for n in range(1, min(c.ndim, 4) + 1):
         for some in itertools.combinations(axes, n):
             where = f"axis {some[0]}" if n == 1 else f"axes {some}"
-            yield np.flip(c, some), f"yours reversed along {where}"
+            yield np.flip(c, some), f"yours flipped along {where}"
     for axis in axes:
         for by in (1, -1):
             if c.shape[axis] > 2:
@@ -228,14 +250,16 @@ def _few_entries(s: Suspect, factors: Sequence[tuple[float, str]]) -> Iterator[t
         if c.ndim > 1 and n > 1 and len(set(index.tolist())) == 1 and c.shape[axis] > 1:
             where = (slice(None),) * axis + (int(index[0]),)
             label = f"index {int(index[0])} of axis {axis}"
+            if c.ndim == 2:
+                label = f"{('row', 'column')[axis]} {int(index[0])}"
             if not np.any(c[where]):
-                yield True, f"yours but for {label}, which is zero"
+                yield True, f"yours but for {label}, which is all zeros"
             for value, words in factors:
                 fixed = c.copy()
                 fixed[where] *= value
                 if s.explained(fixed):
                     yield True, f"yours but for {label}, which is to be taken times {words}"
-            yield True, f"yours but for {label}: the other {c.shape[axis] - 1} are right"
+            yield True, f"yours but for {label}; all others are right"
             return
     if n <= max(3, c.size // 100):
         listed = "; ".join(
@@ -268,6 +292,8 @@ def _in_one_derivative(
                     _gap(s, float64(g), i in vague)
                     for i, (s, g) in enumerate(zip(suspects, arrays, strict=True))
                 ]
+                if not edit.words and max(gaps) <= 1:
+                    return ""  # what it computes explains it without a mistake: it is fooled
                 if max(gaps) <= 1:
                     found.append((max(gaps), edit.words))
     except jax.errors.ConcretizationTypeError:  # cannot be traced

@@ -61,8 +61,8 @@ class Edits:
         jax.eval_shape(self._gradient, active, passive, 0)
 
     def gradients(self) -> Iterator[tuple[Edit, list[Array]]]:
-        """Each edit with the gradient that it leads to."""
-        for edit in self.edits[:_MOST]:
+        """The gradient without an edit, then each edit with the gradient that it leads to."""
+        for edit in (Edit(0, ""), *self.edits[:_MOST]):
             yield edit, self._gradient(*self._args, edit.code)
 
     def _collect(self, jaxpr: Any) -> None:
@@ -80,25 +80,20 @@ class Edits:
         flags = [True] * len(active) + [False] * len(jax.tree.leaves(passive))
         flat = [*active, *jax.tree.leaves(passive)]
 
-        def visit(eqn: Any, values: list[Any], depends: list[bool], go: Any) -> list[Any]:
-            ways = list(self._ways(eqn, values, depends))
-            if not ways:
-                return go()
+        def chosen(ways: list[tuple[str, Any]], right: Any, values: list[Any]) -> Any:
             base = len(self.edits) + 1
             self.edits += [Edit(base + i, words) for i, (words, _) in enumerate(ways)]
             inside = (code >= base) & (code < base + len(ways))
-            f = _unit(eqn)
-            right = (
-                (lambda *v: f(v[0])) if f else (lambda *v: step(eqn, list(v), depends, _as_is)[0])
-            )
-            return [
-                lax.switch(
-                    jnp.where(inside, code - base + 1, 0),
-                    [right, *(way for _, way in ways)],
-                    *values,
-                )
-            ]
+            branch = jnp.where(inside, code - base + 1, 0)
+            return lax.switch(branch, [right, *(way for _, way in ways)], *values)
 
+        def visit(eqn: Any, values: list[Any], depends: list[bool], go: Any) -> list[Any]:
+            ways = list(self._ways(eqn, values, depends))
+            return [chosen(ways, lambda *v: go()[0], values)] if ways else go()
+
+        for i, z in enumerate(flat[: len(active)]):
+            if z.ndim:
+                flat[i] = chosen(list(_again("", lambda z: z)), lambda z: z, [z])
         return evaluate(self._closed, flat, flags, visit)[0]
 
     def _ways(self, eqn: Any, values: list[Any], depends: list[bool]) -> Iterator[tuple[str, Any]]:
@@ -107,19 +102,19 @@ class Edits:
         name, stop = _named(eqn), lax.stop_gradient
         f = _unit(eqn)
         if f is not None:
-            yield f"the derivative of {name} is missing", lambda z, *_: graft(f(z), z)
+            yield f"f' is missing, the derivative of {name}", lambda z, *_: graft(f(z), z)
             yield (
-                f"the derivative of {name} is taken at its output, not at its input",
+                f"f' is taken at the output a = f(z), not at z: that of {name}",
                 lambda z, *_: graft(f(z), f(stop(f(z)) + z - stop(z))),
             )
             yield (
-                f"the derivative of {name} is multiplied in twice",
+                f"f' is multiplied in twice, that of {name}",
                 lambda z, *_: graft(f(z), f(stop(z) + f(z) - stop(f(z)))),
             )
             yield f"the part that goes through {name} is missing", lambda z, *_: stop(f(z))
             for other, g in self._units.items():
                 if other != name:
-                    words = f"the derivative of {other} is taken in the place of that of {name}"
+                    words = f"f' is that of {other}, in the place of that of {name}"
                     yield words, lambda z, *_, g=g: graft(f(z), g(z))
             return
         if eqn.primitive.name in _JOINS and all(depends) and len(values) == 2:
@@ -139,9 +134,17 @@ class Edits:
             def bound(*v: Any) -> Any:
                 return eqn.primitive.bind(*v, **eqn.params)
 
-            for words, slope in _AGAIN.items():
-                told = f"the delta of the net input {_join(eqn)} is multiplied by {words}"
-                yield told, lambda *v, slope=slope: _delta_times(slope, bound(*v))
+            yield from _again(_join(eqn), bound)
+
+
+def _again(name: str, value: Callable[..., Array]) -> Iterator[tuple[str, Any]]:
+    """The delta of an output layer, multiplied by the f' that it already has in it."""
+    for words, slope in _AGAIN.items():
+        told = f"the delta of the net input {name}".strip()
+        yield (
+            f"{told} is multiplied by f' again: {words}",
+            lambda *v, slope=slope: _delta_times(slope, value(*v)),
+        )
 
 
 def _as_is(eqn: Any, values: list[Any], depends: list[bool], go: Any) -> list[Any]:
@@ -231,7 +234,7 @@ def _sigmoid_slope(z: Array, delta: Array) -> Array:
 
 
 _AGAIN = {
-    "p (1 - p) of the softmax once more": _softmax_diagonal,
-    "the Jacobian of the softmax once more": _softmax_jacobian,
-    "the derivative of the sigmoid once more": _sigmoid_slope,
+    "p (1 - p) of the softmax": _softmax_diagonal,
+    "the Jacobian of the softmax": _softmax_jacobian,
+    "that of the sigmoid": _sigmoid_slope,
 }

@@ -117,13 +117,19 @@ def truths(
     with exactly():
         value = [float64(v) for v in run(wide)]
         chains = chains_of(run, wide, len(value))
+        kinks = [np.zeros(v.shape, bool) for v in value]
         lows, highs = ([v.copy() for v in value] for _ in range(2))
         for _ in range(2):
             signs = jax.tree.map(lambda v: rng.choice([-1.0, 1.0], np.shape(v)), wide)
-            for side in (-1, 1):
-                for i, v in enumerate(run(moved(side * 16 * roundoff(given), signs))):
-                    lows[i] = np.fmin(lows[i], float64(v))
-                    highs[i] = np.fmax(highs[i], float64(v))
+            by = 16 * roundoff(given)
+            near = [
+                [float64(v) for v in run(moved(side * by, signs))]
+                for side in (-1, 1, -1 / 8, 1 / 8)
+            ]
+            for i, (v, *sides) in enumerate(zip(value, *near, strict=True)):
+                lows[i] = np.fmin(lows[i], np.fmin(sides[0], sides[1]))
+                highs[i] = np.fmax(highs[i], np.fmax(sides[0], sides[1]))
+                kinks[i] |= _jumps(v, sides, 1e3 * roundoff(given))
     noise = [0.0] * len(value)
     for draw in range(3):
         at = point if low == given else cast(wide, low)
@@ -143,15 +149,29 @@ def truths(
                 [float64(v) for v in run(cast(at, "float64"))] if draw or low != given else value
             )
         for i, (f, r) in enumerate(zip(found, right, strict=True)):
-            jump = highs[i] - lows[i]  # what flips at a kink is no rounding error
-            lost = float(np.linalg.norm(np.maximum(np.abs(f - r) - jump, 0)))
+            jump = np.where(kinks[i], highs[i] - lows[i], 0)  # a flip is no rounding error
+            with np.errstate(all="ignore"):
+                lost = float(np.linalg.norm(np.maximum(np.abs(f - r) - jump, 0)))
             noise[i] = max(noise[i], lost if math.isfinite(lost) else 0.0)
-    results = []
-    for v, lo, hi, loss, chain in zip(value, lows, highs, noise, chains, strict=True):
-        smooth = hi - lo <= 1e4 * roundoff(given) * np.maximum(np.abs(v), size(v, 0.0))
-        smooth |= ~np.isfinite(hi - lo)
-        results.append(Truth(v, np.where(smooth, v, lo), np.where(smooth, v, hi), loss, low, chain))
-    return results
+    return [
+        Truth(v, np.where(k, lo, v), np.where(k, hi, v), loss, low, chain)
+        for v, lo, hi, k, loss, chain in zip(value, lows, highs, kinks, noise, chains, strict=True)
+    ]
+
+
+def _jumps(v: np.ndarray, sides: Sequence[np.ndarray], least: float) -> np.ndarray:
+    """Where an array jumps within rounding: at a kink, not where it is merely steep.
+
+    Where it is steep, it changes on both sides alike, and less at an eighth of the distance.
+    """
+    minus, plus, less, more = sides
+    with np.errstate(all="ignore"):
+        width = np.abs(plus - minus)
+        bend = np.abs(plus + minus - 2 * v)
+        stays = np.abs(more - less) > 0.5 * width
+        return (np.maximum(width, bend) > least * np.maximum(np.abs(v), size(v, 0.0))) & (
+            stays | (bend > 0.5 * width)
+        )
 
 
 def chains_of(autodiff: Callable[..., Any], point: Any, n: int) -> list[tuple[int, int]]:

@@ -37,7 +37,7 @@ def confirm(
             if size == 0 and slope.value == 0:
                 continue
             return "unknown", f"numerical differentiation has an error of {slope.error:.1e} here"
-        gap = slope.distance(mine) - slope.error - width
+        gap = slope.distance(mine) - slope.error - width - slope.floor
         worst = max(worst, slope.error / size if size else 0.0)
         if gap > 5 * max(tolerance, 1e-9) * size + (0 if size else 1e-300):
             told = f"along a random direction jax.grad gives {mine:.6g}, and numbers "
@@ -60,9 +60,10 @@ def by_numbers(
             np.array([getattr(s, name) for s in slopes]).reshape(c.shape)
             for name in ("value", "low", "high", "error")
         )
-        distance = np.maximum(np.maximum(low - c, c - high), 0)
-        scale, blur = float(np.linalg.norm(value)), float(np.linalg.norm(error))
-        kinks = int(np.sum(high > low))
+        at_kink = high > low
+        distance = np.maximum(np.maximum(low - c, c - high) - np.where(at_kink, error, 0), 0)
+        blur = float(np.linalg.norm(np.where(at_kink, 0, error)))
+        scale, kinks = float(np.linalg.norm(value)), int(np.sum(at_kink))
         figures = measure(c, value, distance, scale, limit, dtype, kinks)
         gap, loss = figures.error, blur / scale if scale else 0.0
         known: np.ndarray | None = value

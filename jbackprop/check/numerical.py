@@ -34,13 +34,18 @@ _SAFE = 2.0  # an error estimate is an estimate
 
 
 class Slope(NamedTuple):
-    """A directional derivative, known to within `error`; at a kink, the slopes on both sides."""
+    """A directional derivative, known to within `error`; at a kink, the slopes on both sides.
+
+    Below `floor` a slope is nothing: the function would not change by a unit in its last place if
+    its arguments were doubled.
+    """
 
     value: float
     error: float
     low: float
     high: float
     method: str
+    floor: float = 0.0
 
     @property
     def kinked(self) -> bool:
@@ -82,17 +87,16 @@ class Slopes:
 
     def along(self, direction: list[np.ndarray], data: Any = ()) -> Slope:
         """The slope of f along a direction that has a part in each of the arrays."""
-        with np.errstate(divide="ignore"):
-            units = [
-                size(p) / rms
-                for p, q in zip(self.point, direction, strict=True)
-                if (rms := size(q, 0))
-            ]
-        h = min(units, default=1.0) * FIRST / FACTOR ** np.arange(LEVELS)
+        units = [
+            size(p[q != 0]) / size(q) for p, q in zip(self.point, direction, strict=True) if q.any()
+        ]
+        unit = min(units, default=1.0)
+        h = unit * FIRST / FACTOR ** np.arange(LEVELS)
         steps = np.concatenate([h, -h, [0.0]])
         with exactly():
             values = np.asarray(self._along(self.point, direction, data, steps))
         slope = ridders(h, values[:LEVELS], values[LEVELS:-1], float(values[-1]), self._eps)
+        slope = slope._replace(floor=4 * self._eps * abs(float(values[-1])) / unit)
         if not self._analytic or slope.kinked:
             return slope
         with exactly():
@@ -100,7 +104,7 @@ class Slopes:
         # Trusted only where differences of real values say the same.
         if not abs(exact - slope.value) <= slope.error + 1e-6 * abs(slope.value):
             return slope
-        return Slope(exact, 64 * _EPS * abs(exact), exact, exact, "complex step")
+        return Slope(exact, 64 * _EPS * abs(exact), exact, exact, "complex step", slope.floor)
 
 
 def size(array: np.ndarray, zero: float = 1.0) -> float:
@@ -127,8 +131,11 @@ def ridders(
             error = np.maximum(np.abs(finer - column[1:]), np.abs(finer - column[:-1])) + noise[j:]
             error = np.where(np.isfinite(error), error, np.inf)
             k = int(np.argmin(error))
-            if error[k] < best_error:
-                best, best_error = float(finer[k]), float(error[k])
+            # A function that is erratic looks tame at large steps: finer ones must say the same.
+            erratic = np.abs(central[k + j :] - finer[k]) - 16 * noise[k + j :]
+            found = max(float(error[k]), float(np.nanmax(erratic, initial=0.0)))
+            if found < best_error:
+                best, best_error = float(finer[k]), found
             column = finer
         bend = (plus - 2 * middle + minus) / h  # at a kink, the jump of the slope; else O(h)
         clear = 20 * noise

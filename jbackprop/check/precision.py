@@ -35,10 +35,8 @@ def exactly() -> Iterator[None]:
 @contextlib.contextmanager
 def as_given(dtype: Any) -> Iterator[None]:
     """Where something is computed in its own dtype; no matmul in less (TF32) than it says."""
-    with contextlib.ExitStack() as stack:
-        if dtype == jnp.float64:
-            stack.enter_context(x64())
-        stack.enter_context(jax.default_matmul_precision("highest"))
+    wide = x64() if dtype == jnp.float64 else contextlib.nullcontext()
+    with wide, jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision("highest"):
         yield
 
 

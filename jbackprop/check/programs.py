@@ -44,10 +44,12 @@ def _has_custom(jaxpr: Any) -> bool:
     )
 
 
-def enters(fun: Callable[..., Any], active: list[Any], passive: list[Any], i: int) -> bool:
-    """Whether what fun computes depends on the i-th of the active arrays at all."""
+def enters(
+    fun: Callable[..., Any], active: list[Any], passive: list[Any], which: Sequence[int]
+) -> bool:
+    """Whether what fun computes depends on some of the active arrays at all."""
     closed = jax.make_jaxpr(fun)(active, passive)
-    return any(reached(closed.jaxpr, [j == i for j in range(len(closed.jaxpr.invars))]))
+    return any(reached(closed.jaxpr, [j in which for j in range(len(closed.jaxpr.invars))]))
 
 
 def reached(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
