@@ -76,9 +76,17 @@ def losses() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
         yield f"optax.losses.{name}", getattr(found, name), (PLAIN, PLAIN[::-1].copy())
     yield "optax.losses.huber_loss at 0", found.huber_loss, (PLAIN, PLAIN)
     yield "optax.losses.hinge_loss", found.hinge_loss, (PLAIN, np.sign(PLAIN[::-1]))
-    for name in ("sigmoid_binary_cross_entropy", "softmax_cross_entropy", "safe_softmax_cross_entropy",
-                 "sigmoid_focal_loss", "poly_loss_cross_entropy", "sparsemax_loss",
-                 "multiclass_sparsemax_loss", "kl_divergence", "convex_kl_divergence"):  # fmt: skip
+    for name in (
+        "sigmoid_binary_cross_entropy",
+        "softmax_cross_entropy",
+        "safe_softmax_cross_entropy",
+        "sigmoid_focal_loss",
+        "poly_loss_cross_entropy",
+        "sparsemax_loss",
+        "multiclass_sparsemax_loss",
+        "kl_divergence",
+        "convex_kl_divergence",
+    ):
         f = getattr(found, name, None)
         if f is None or name == "multiclass_sparsemax_loss":
             continue

@@ -156,7 +156,8 @@ def test_a_custom_rule_that_fools_autodiff_does_not_fool_numbers():
         report = jb.check.gradient(fun, X, candidate=fooled)
     leaf = one_wrong(report, "x")
     assert "agrees with jax.grad" in leaf.why
-    assert leaf.diagnosis == "yours times 2"
+    assert leaf.diagnosis.startswith("a custom rule inside the function is wrong")
+    assert leaf.diagnosis.endswith("yours times 2")
     assert jb.check.gradient(fun, X, candidate=fooled, truth="autodiff").ok
     assert not jb.check.gradient(fun, X, candidate=fooled, truth="numerical").ok
     with pytest.warns(TruthWarning):

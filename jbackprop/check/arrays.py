@@ -39,7 +39,17 @@ def judged(
         return scalar(x, data[0])
 
     return Question(
-        inputs, inputs.names, candidates, autodiff, weighed, None, trusted, scalar, how, what
+        inputs,
+        inputs.names,
+        candidates,
+        autodiff,
+        weighed,
+        None,
+        trusted,
+        scalar,
+        how,
+        what,
+        bare=trusted is not scalar,
     ).report(path, kind)
 
 
@@ -65,6 +75,7 @@ class Question:
         scalar: the same as it is.
         how: what the caller chose.
         what: what the arrays are.
+        bare: whether autodiff is of the function with its custom rules taken away.
     """
 
     inputs: Inputs
@@ -77,6 +88,7 @@ class Question:
     scalar: Any
     how: How
     what: str
+    bare: bool = True
 
     def __post_init__(self) -> None:
         self.point = self.inputs.active, self.inputs.passive
@@ -97,7 +109,8 @@ class Question:
                     answers, self.candidates, parameters, self.dtypes, strict=True
                 )
             ]
-            leaves = diagnose(suspects, sizes_of(self.inputs), self.program, self.point)
+            program = self.program if known or self.how.truth == "numerical" else None
+            leaves = diagnose(suspects, sizes_of(self.inputs), program, self.point)
         source = "values of the function alone, in float64"
         if known:
             source = "automatic differentiation in float64"
@@ -147,8 +160,14 @@ class Question:
             truth, lambda d: self.slope(i, d), self.how.directions, self.rng, dtype
         )
         if verdict == "disagree":
-            self.notes.append("warning: " + warn_of(name, told))
             found, value = self.by_numbers(i, truth)
+            if self.bare and found.ok:  # what the custom rule is there for
+                self.notes.append(
+                    f"{name}: judged by numbers, because without its custom rules jax.grad of the "
+                    f"function is wrong here: {told}"
+                )
+                return found, value
+            self.notes.append("warning: " + warn_of(name, told))
             if leaf.ok and found.verdict == "wrong":
                 told = "it agrees with jax.grad, but not with the values of the function"
                 words = "a custom rule inside the function is wrong, or a stop_gradient is in it"
@@ -161,9 +180,10 @@ class Question:
     def kinks(self, i: int, c: Any, truth: judge.Truth, leaf: Report) -> judge.Truth:
         """The truth with the slopes on both sides of a few entries, if these are at a kink."""
         assert leaf.figures is not None
-        gap = np.maximum(np.maximum(truth.low - c, c - truth.high), 0)
+        wide = float64(c)
+        gap = np.maximum(np.maximum(truth.low - wide, wide - truth.high), 0)
         off = np.argwhere(gap > leaf.figures.tolerance * np.abs(truth.value))
-        if not 0 < len(off) <= MOST_KINKS or not np.all(np.isfinite(float64(c))):
+        if not 0 < len(off) <= MOST_KINKS or not np.all(np.isfinite(wide)):
             return truth
         low, high = truth.low.copy(), truth.high.copy()
         for at in map(tuple, off):

@@ -119,13 +119,12 @@ def vjp(
     numbers = (numbers,) if isinstance(numbers, int) else tuple(numbers)
     inputs = Inputs(fun, primals, numbers, False)
     rng = np.random.default_rng(seed)
-    dtype = coarsest(inputs.dtypes)
+    dtype, names = coarsest(inputs.dtypes), output_names(inputs.call_shape(fun))
     with as_given(dtype):
         plain = compiled(lambda a, p: outputs_of(inputs.call(fun, a, p)))(
             inputs.active, inputs.passive
         )
         outputs = [float64(v) for v in plain]
-        names = output_names(inputs.call_shape(fun))
     if not outputs:
         raise TypeError(f"{name_of(fun)} has no floating-point output to differentiate")
     whole = [rng.standard_normal(v.shape) for v in outputs]

@@ -122,11 +122,12 @@ def truths(
         for _ in range(2):
             signs = jax.tree.map(lambda v: rng.choice([-1.0, 1.0], np.shape(v)), wide)
             by = 16 * roundoff(given)
-            near = [
+            beside = [
                 [float64(v) for v in run(moved(side * by, signs))]
                 for side in (-1, 1, -1 / 8, 1 / 8)
             ]
-            for i, (v, *sides) in enumerate(zip(value, *near, strict=True)):
+            for i, v in enumerate(value):
+                sides = [arrays[i] for arrays in beside]
                 lows[i] = np.fmin(lows[i], np.fmin(sides[0], sides[1]))
                 highs[i] = np.fmax(highs[i], np.fmax(sides[0], sides[1]))
                 kinks[i] |= _jumps(v, sides, 1e3 * roundoff(given))

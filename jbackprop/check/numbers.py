@@ -40,7 +40,7 @@ def confirm(
         gap = slope.distance(mine) - slope.error - width - slope.floor
         worst = max(worst, slope.error / size if size else 0.0)
         if gap > 5 * max(tolerance, 1e-9) * size + (0 if size else 1e-300):
-            told = f"along a random direction jax.grad gives {mine:.6g}, and numbers "
+            told = f"along a random direction autodiff gives {mine:.6g}, and numbers "
             return "disagree", f"{told}{slope.value:.6g} +- {slope.error:.0e} ({slope.method})"
     return "agree", f"{worst:.0e}"
 

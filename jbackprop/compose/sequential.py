@@ -44,7 +44,10 @@ class Sequential(Composite):
         return f"Sequential({', '.join(map(repr, self.layers))})"
 
     def with_children(self, layers: Any) -> Sequential:
-        return Sequential(*layers)
+        new = object.__new__(type(self))  # a subclass stays one, whatever its __init__ takes
+        vars(new).update((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        vars(new)["layers"] = tuple(layers)
+        return new
 
     @functools.cached_property
     def reads(self) -> tuple[str, ...]:
