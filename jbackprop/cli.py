@@ -362,12 +362,11 @@ def _check(args: argparse.Namespace) -> int:
 
 def _check_target(args: argparse.Namespace) -> int:
     """Run one check: a function that returns a report, or several."""
-    module, _, name = args.target.partition(":")
+    module, _, name = args.target.rpartition(":")
     if not module or not name:
         raise ValueError(f"{args.target}: give module:function, or file.py:function")
     if args.only:
         raise ValueError("--only chooses among the rules of the library: leave it out")
-    sys.path.insert(0, str(Path.cwd()))  # as python -m has it
     found = _module(module)
     if not hasattr(found, name):
         raise ValueError(f"there is no {name} in {module}")
@@ -375,12 +374,13 @@ def _check_target(args: argparse.Namespace) -> int:
     try:
         result = run() if callable(run) else run
     except AssertionError as error:  # of an asserting twin
-        print(error)
+        print(error, file=sys.stderr)
         return 1
     reports = list(result) if isinstance(result, list | tuple) else [result]
     if not reports or not all(isinstance(report, check.Report) for report in reports):
         raise TypeError(
-            f"{args.target} must return a Report of jb.check, or a list of them, not {result!r}"
+            f"{args.target} must return a Report of jb.check, or a list of them, not {result!r}; "
+            "the asserting twins return nothing: call the check itself"
         )
     if args.json:
         shown = [report.as_dict() for report in reports]
@@ -391,7 +391,9 @@ def _check_target(args: argparse.Namespace) -> int:
 
 
 def _module(name: str) -> ModuleType:
-    if not name.endswith(".py"):
+    is_file = name.endswith(".py")
+    sys.path.insert(0, str(Path(name).resolve().parent if is_file else Path.cwd()))  # as python has
+    if not is_file:
         return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(Path(name).stem, name)
     assert spec is not None

@@ -238,6 +238,66 @@ def test_check_fails_where_a_rule_is_wrong(monkeypatch, capsys):
     assert "WRONG" in capsys.readouterr().out
 
 
+MINE = """
+import jax, jax.numpy as jnp
+import jbackprop as jb
+
+@jax.custom_vjp
+def swish(z):
+    return z * jax.nn.sigmoid(z)
+
+def swish_bwd(z, delta):
+    s = jax.nn.sigmoid(z)
+    return (delta * s,)  # z s (1 - s) is forgotten
+
+swish.defvjp(lambda z: (swish(z), z), swish_bwd)
+Z = jnp.linspace(-3.0, 3.0, 20)
+
+def wrong():
+    return jb.check.vjp(swish, Z)
+
+def right():
+    return [jb.check.vjp(jax.nn.silu, Z), jb.check.jvp(jax.nn.silu, Z)]
+
+def asserting():
+    jb.check.assert_vjp(swish, Z)
+
+def nothing():
+    jb.check.assert_vjp(jnp.tanh, Z)
+"""
+
+
+def test_check_runs_a_check_of_ones_own(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    done = run("check", "mine:wrong", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "jb.check.vjp swish: WRONG" in done.stdout
+    assert "worst entry" in done.stdout
+    done = run("check", tmp_path / "mine.py:right", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["ok"]
+    assert [report["verdict"] for report in found["reports"]] == ["right", "right"]
+
+
+def test_check_of_ones_own_that_cannot_be_run(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ours.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for target, message in (
+        ("ours:asserting", "swish: WRONG"),
+        ("ours:nothing", "must return a Report"),
+        ("ours:missing", "there is no missing in ours"),
+        ("ours", "give module:function"),
+        ("nowhere:wrong", "No module named 'nowhere'"),
+        ("nowhere.py:wrong", "nowhere.py"),
+    ):
+        assert cli.main(["check", target]) == 1
+        assert message in capsys.readouterr().err, target
+    assert cli.main(["check", "ours:right", "--only", "Tanh"]) == 1
+    assert "--only" in capsys.readouterr().err
+
+
 def test_bench_prints_ratios():
     done = run("bench", "--only", "784-128-10 tanh", "--seconds", 0.2, "--json")
     assert done.returncode == 0, done.stderr
