@@ -6,6 +6,7 @@ in float32. Prints what is not right, and a count. Flax is left out where it is 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
@@ -121,7 +122,8 @@ def of_flax() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     for name in ("in_qdq", "out_qdq"):
         if f := getattr(fp8_ops, name, None):
             one, past = np.ones(1, "float32"), np.zeros(8, "float32")
-            rule = lambda x, scale, past, f=f: f(jnp.float32, x, scale, past)  # noqa: E731
+            kinds = jnp.float32, jnp.float8_e4m3fn if name == "in_qdq" else jnp.float8_e5m2
+            rule = functools.partial(f, *kinds)
             yield f"flax.linen.fp8_ops.{name}", rule, (PLAIN, one, past)
 
 

@@ -155,11 +155,11 @@ def _in_one_array(
         w = float64(s.parameter)
         for shape, words in ((w, "the parameter"), (np.sign(w), "the sign of the parameter")):
             yield from _multiple(s, shape, words, factors)
-    if s.explained(np.sign(t) * np.abs(c)) and np.all(c >= 0):
+    if np.all(c >= 0) and np.any(t > 0) and s.explained(np.where(t < 0, -c, c)):
         yield True, "yours with the signs of the truth: an absolute value has been taken"
     yield from _few_entries(s, factors)
     fitted = float(np.vdot(c, t) / np.vdot(c, c))
-    if c.size > 1 and s.explained(fitted * c):
+    if c.size > 1 and fitted and s.explained(fitted * c):
         yield False, f"yours times {fitted:.6g}"
 
 

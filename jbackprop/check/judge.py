@@ -223,6 +223,8 @@ def compare(
         notes.append(f"{entries} within rounding of a kink: there any slope between is right")
     if cancels and np.any(t):
         notes.append("zero by nature: judged against the size of what cancels")
+    if scale == 0:
+        notes.append("the truth is zero everywhere")
     if not figures.error <= limit:
         width = truth.high - truth.low
         beyond = np.linalg.norm(np.maximum(distance - width, 0))

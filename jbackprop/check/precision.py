@@ -93,11 +93,13 @@ def roundoff(dtype: Any) -> float:
 
 
 def ulps(candidate: float, truth: float, dtype: Any) -> float:
-    """|candidate - truth| in units in the last place of the truth."""
+    """|candidate - truth| in units in the last place of the truth; NaN where that is 0."""
+    if truth == 0:
+        return 0.0 if candidate == 0 else math.nan
     info = jnp.finfo(dtype)
     least = float(info.tiny) * float(info.eps)
-    unit = max(math.ldexp(float(info.eps), math.frexp(truth)[1] - 1), least) if truth else least
-    return abs(candidate - truth) / unit if unit else math.nan
+    unit = max(math.ldexp(float(info.eps), math.frexp(truth)[1] - 1), least)
+    return abs(candidate - truth) / unit
 
 
 _MOVES = frozenset({

@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rules
 from jax import Array
-from nets import Problem, Tree
-from rules import Ruled
 
 import jbackprop as jb
+from planted import rules
+from planted.nets import Problem, Tree
+from planted.rules import Ruled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,18 +6,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import nets
 import numpy as np
 import optax
-import problems as pr
-import rules
-from entries import Right, cast, cast_network, right
-from hard import HARD
 from jax import Array, lax
-from nets import Problem, normal
-from rules import Ruled
 
 import jbackprop as jb
+from planted import models, nets, rules
+from planted import problems as pr
+from planted.entries import Right, cast, cast_network, right
+from planted.hard import HARD
+from planted.nets import Problem, normal
+from planted.rules import Ruled
 
 
 def by_hand(problem: Problem, dtype: str = "float32") -> Right:
@@ -164,7 +163,7 @@ _HALVES = (
     nets.DECAY,
 )
 
-_ALL = (*nets.NETS, *pr.PROBLEMS)
+_ALL = (*nets.NETS, *pr.PROBLEMS, *models.MODELS)
 
 RIGHT: tuple[Right, ...] = (
     *map(by_hand, _ALL),

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from nets import normal, rows, tanh_slope
-from problems import swish_slope
 
 import jbackprop as jb
+from planted.nets import normal, rows, tanh_slope
+from planted.problems import swish_slope
 
 Rule = Callable[..., Any]
 
@@ -297,9 +297,14 @@ class PoissonLog(jb.PoissonNLL):
         return z - y
 
 
-def activation(slope: Callable[[Array], Array], f: Callable[[Array], Array] = jnp.tanh) -> jb.Layer:
-    """A user's activation with this derivative."""
-    return jb.Activation(f, slope)
+def within(layer: jb.Layer) -> jb.Sequential:
+    """A network of 3 to 2 units with this layer, from 4 to 4, in the middle."""
+    return jb.Sequential(jb.Dense(3, 4), jb.Tanh(), layer, jb.Tanh(), jb.Dense(4, 2))
+
+
+def activated(slope: Rule, f: Rule = jnp.tanh) -> jb.Sequential:
+    """A network whose activations are a user's, with this derivative."""
+    return jb.mlp((3, 5, 4, 2), jb.Activation(f, slope))
 
 
 def batch(net: Any, loss: Any, *lead: int, seed: int = 0) -> tuple[Any, ...]:

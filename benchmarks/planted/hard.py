@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import nets
 import numpy as np
-import problems as pr
-from entries import Right, right
 from jax import Array, lax
-from nets import Problem, Tree, normal
+
+from planted import models, nets
+from planted import problems as pr
+from planted.entries import Right, right
+from planted.nets import Problem, Tree, normal
 
 _UNDERFLOW = "the whole leaf underflows to 0 in this dtype"
 _ZERO = "the gradient of a whole leaf is zero: any multiple of the right one looks the same"
@@ -31,7 +32,7 @@ _LEAKY = pr.elementwise("leaky", lambda z: jnp.where(z > 0, z, 0.01 * z), nets.s
 _RELUS = pr.elementwise("relu", jax.nn.relu, nets.step)
 _some_zeros = np.where(np.arange(40) % 4, normal(51, (40,)), 0.0)
 _c = normal(52, (40,))
-_ties = np.round(pr.POOL.args[0])
+_ties = np.round(models.POOL.args[0])
 
 
 def _at_kink(
@@ -105,8 +106,15 @@ _KINKS = (
         np.array([[1.0, 2.0], [0.5, 1.0], [3.0, 1.0]]),
         kink=True,
     ),
-    right("at a kink", "largest of ties, shared", pr.POOL.fun, _ties, pr.POOL.args[1], kink=True),
-    _at_kink("largest of ties, the first", pr.POOL, _ties, pr.POOL.args[1]),
+    right(
+        "at a kink",
+        "largest of ties, shared",
+        models.POOL.fun,
+        _ties,
+        models.POOL.args[1],
+        kink=True,
+    ),
+    _at_kink("largest of ties, the first", models.POOL, _ties, models.POOL.args[1]),
     right("at a kink", "length of 0", _length, np.zeros(3), candidate=jnp.zeros_like, kink=True),
     right("near a kink", "relu at 1e-9", _RELUS.fun, 1e-9 * normal(54, (40,)), _c),
     right("near a kink", "modulus at 1e-6", _ABS.fun, 1e-6 * normal(55, (40,)), _c),
@@ -295,7 +303,7 @@ _SCALES = (
     right(
         "ill-conditioned",
         "log determinant",
-        pr.LOG_DETERMINANT.fun,
+        models.LOG_DETERMINANT.fun,
         _hilbert,
         inconclusive=_ROUNDING,
     ),
