@@ -4,9 +4,11 @@ python tests/mutate_rules.py [--only TEXT ...] [--sample N] [--list]
 
 A mutant is one change in the source of one rule: a factor or a term dropped, a sign or a comparison
 turned, operands swapped, f' taken of the wrong argument, a constant or an axis moved, a reduction,
-a cast or a keyword left out. It is compiled and put in the place of the rule's code, all that JAX
-has traced is forgotten, and tests of `make test` run until one fails. A mutant that none notices is
-a survivor, and the exit status is 1. What computes the same is in `EQUIVALENT`, with the reason.
+a cast or a keyword left out. It is compiled and put in the place of the rule's code, in memory, and
+tests of `make test` run until one fails that passes without it. They run op by op (`disable_jit`):
+no trace of a rule outlives its mutant, and what XLA compiled for one mutant serves the next. A
+mutant that no test notices is a survivor, and the exit status is 1. What computes the same is in
+`EQUIVALENT`, with the reason.
 """
 
 import argparse
@@ -15,9 +17,9 @@ import contextlib
 import fnmatch
 import importlib
 import inspect
-import io
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -28,6 +30,7 @@ from unittest import mock
 
 import jax
 import pytest
+from _pytest.runner import runtestprotocol
 
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "jbackprop"
@@ -50,16 +53,23 @@ RULES = {
 }
 """The rules of each file, as patterns of qualified names."""
 
-KINDS = "test_factored.py", ""
-GRADIENT = "test_gradient.py", "collect|transport|composite|ids|hands_out|steps|dtypes|weight"
+LAYER = r"rules.*(adjoint|slope|linear|loop|jax_grad|question).*\[OWNER\("
+NETWORK = r"rules.*(jax_grad|question).*\[(Dense|Sequential)"
+GRADIENT = "gradient.*(collect|transport|hands_out|weight|steps|mixed|ids)"
 KILLERS = {
-    "layers/": [("test_rules.py", r"(slope|gradient|linear|loop|question|adjoint).*\[OWNER\(")],
-    "losses/": [("test_losses.py", ""), ("test_rules.py", r"(gradient|question).*\[OWNER\(")],
-    "compose/": [("test_rules.py", r"(gradient|question).*\[Sequential"), GRADIENT],
-    "sweep.py": [("test_rules.py", r"(gradient|question).*\[(Dense|Sequential)"), GRADIENT],
-    "factored.py": [KINDS, ("test_rules.py", r"(gradient|question).*\[Dense"), GRADIENT],
+    "layers/": [LAYER],
+    "losses/": [
+        "losses.*(complex|value|position|extreme|ignored|place|digits|small|under_jit)",
+        LAYER,
+    ],
+    "compose/": [NETWORK, GRADIENT],
+    "sweep.py": [NETWORK, GRADIENT],
+    "factored.py": ["factored", NETWORK, GRADIENT],
 }
-"""Files of tests, and which of their tests, for the rules of each folder; OWNER is the class."""
+"""The tests for the rules of each folder, by name, in their order; OWNER is the class."""
+
+LIMIT = 120
+"""Seconds that the tests of one mutant may take: an endless one is killed too."""
 
 EQUIVALENT: dict[tuple[str, str], str] = {}
 """(before, after), or (before, "") for all within it: why it computes the same."""
@@ -101,7 +111,7 @@ class Mutant(NamedTuple):
     change: tuple[ast.Module, Any, Any, ast.AST]
 
     def __str__(self):
-        return f"{self.file} {self.rule}: {self.before} -> {self.after}"
+        return f"{self.file}:{self.line} {self.rule}: {self.before} -> {self.after}"
 
 
 def wrong(node, rule, names):
@@ -116,7 +126,9 @@ def wrong(node, rule, names):
             yield operand
         case ast.BoolOp(op, values):
             yield ast.BoolOp(TURNED[type(op)][0](), values)
-            yield from (ast.BoolOp(op, [w for w in values if w is not v]) for v in values)
+            yield from values if len(values) == 2 else (
+                ast.BoolOp(op, [w for w in values if w is not v]) for v in values
+            )
         case ast.Compare(left, ops, rights):
             for i, op in enumerate(ops):
                 for other in TURNED[type(op)]:
@@ -182,6 +194,15 @@ def functions(tree, prefix=""):
             yield prefix + node.name, node
 
 
+@contextlib.contextmanager
+def changed(holder, key, new):
+    was, holder[key] = holder[key], new
+    try:
+        yield
+    finally:
+        holder[key] = was
+
+
 def mutants():
     """Every mutant, in the order of the source."""
     for file, patterns in RULES.items():
@@ -191,24 +212,26 @@ def mutants():
                 continue
             names = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)}
             names |= {a.arg for a in function.args.args}
+            seen = {ast.unparse(function)}
             for holder, key, node, reason in places(ast.Module(function.body, [])):
                 before, _, _ = ast.unparse(node).partition("\n")
                 for new in wrong(node, rule, names):
-                    after, _, _ = ast.unparse(new).partition("\n")
-                    why = reason or EQUIVALENT.get((before, after), "")
-                    change = tree, holder, key, new
-                    yield Mutant(file, rule, node.lineno, before, after, why, change)
+                    with changed(holder, key, new):
+                        source = ast.unparse(function)
+                    if source not in seen:
+                        seen.add(source)
+                        after, _, _ = ast.unparse(new).partition("\n")
+                        why = reason or EQUIVALENT.get((before, after), "")
+                        change = tree, holder, key, new
+                        yield Mutant(file, rule, node.lineno, before, after, why, change)
 
 
 @contextlib.contextmanager
 def applied(mutant):
     """Run with the mutant in the place of the rule; gives the names of the classes concerned."""
-    tree, holder, key, new = mutant.change
-    was, holder[key] = holder[key], new
-    try:
+    tree, *change = mutant.change
+    with changed(*change):
         codes = [compile(ast.fix_missing_locations(tree), mutant.file, "exec")]
-    finally:
-        holder[key] = was
     while codes[0].co_qualname != mutant.rule:
         codes += filter(inspect.iscode, codes.pop(0).co_consts)
     owner = importlib.import_module(f"jbackprop.{mutant.file[:-3].replace('/', '.')}")
@@ -218,40 +241,60 @@ def applied(mutant):
     function = inspect.unwrap(getattr(vars(owner)[name], "__func__", vars(owner)[name]))
     right, function.__code__ = function.__code__, codes[0]
     both = mock.patch.object(owner, "reads", ("x", "y"))  # so that the wrong one is a number
-    jax.clear_caches()
     try:
         with both if hasattr(owner, "reads") else contextlib.nullcontext():
             yield "|".join(c.__name__ for c in (owner, *getattr(owner, "__subclasses__", list)()))
     finally:
         function.__code__ = right
-        jax.clear_caches()
 
 
-class Chosen:
-    """A pytest plugin: the tests that some patterns choose, likely killers first."""
+def late(*_):
+    raise TimeoutError(f"not done after {LIMIT} s")
 
-    def __init__(self, patterns, kills):
-        self.patterns, self.kills, self.failed = patterns, kills, ""
 
-    def pytest_collection_modifyitems(self, items):
-        items[:] = (i for i in items if re.search(self.patterns[i.path.name], i.nodeid))
-        items.sort(key=lambda item: -self.kills[item.nodeid])
+class Killer:
+    """A pytest plugin: one collection of the tests serves all mutants."""
+
+    def __init__(self, chosen):
+        self.chosen, self.survivors = chosen, 0
+        self.kills, self.sound = Counter(), set()
+
+    def pytest_runtestloop(self, session):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        signal.signal(signal.SIGALRM, late)
+        for m in self.chosen:
+            verdict = f"the same: {m.reason}" if m.reason else self.killer(m, session.items)
+            self.survivors += not verdict
+            print(f"{m}  {verdict or 'SURVIVED'}", flush=True)
+        return True
 
-    def pytest_runtest_logreport(self, report):
-        if report.failed:
-            self.failed = report.nodeid.removeprefix("tests/")
+    def killer(self, mutant, items):
+        """What fails with the mutant and passes without, or an empty string."""
+        signal.alarm(LIMIT)
+        with applied(mutant) as owner:
+            failed = next((i for i in self.likely(mutant, owner, items) if fails(i)), None)
+        signal.alarm(0)
+        if failed is None:
+            return ""
+        if failed not in self.sound and fails(failed):
+            raise SystemExit(f"{failed.nodeid} fails without a mutant")
+        self.sound.add(failed)
+        self.kills.update([failed, (failed, mutant.rule)])
+        return f"killed by {failed.nodeid.removeprefix('tests/')}"
+
+    def likely(self, mutant, owner, items):
+        """The tests for a mutant, those first that killed others."""
+        patterns = next(p for f, p in KILLERS.items() if mutant.file.startswith(f))
+        found = {}
+        for pattern in patterns:
+            name = re.compile("test_" + pattern.replace("OWNER", f"({owner})"))
+            found |= dict.fromkeys(i for i in items if name.search(i.nodeid))
+        return sorted(found, key=lambda i: (-self.kills[i, mutant.rule], -self.kills[i]))
 
 
-def failing(folder, owner, kills):
-    """The first test to fail, or an empty string."""
-    chosen = Chosen({f: p.replace("OWNER", f"({owner})") for f, p in KILLERS[folder]}, kills)
-    args = [*(str(TESTS / f) for f in chosen.patterns), "-x", "-q", "--tb=short"]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        status = pytest.main([*args, "-p", "no:cacheprovider"], [chosen])
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        raise SystemExit(f"{owner}: pytest ends with {status!r}\n{said.getvalue()}")
-    return chosen.failed
+def fails(item):
+    with contextlib.nullcontext() if "under_jit" in item.name else jax.disable_jit():
+        return any(report.failed for report in runtestprotocol(item, log=False))
 
 
 def main():
@@ -262,28 +305,21 @@ def main():
     options = parser.parse_args()
     chosen = [m for m in mutants() if not options.only or any(t in str(m) for t in options.only)]
     if options.sample:
+        chosen = [m for m in chosen if not m.reason]
         chosen = chosen[:: -(-len(chosen) // options.sample)]
-    folders = [next(f for f in KILLERS if m.file.startswith(f)) for m in chosen]
-    start, kills, survivors = time.time(), Counter(), 0
-    for folder in () if options.list else dict.fromkeys(folders):
-        failed = failing(folder, ".*", kills)
-        if failed:
-            raise SystemExit(f"{failed} fails without a mutant")
-    for folder, m in zip(folders, chosen, strict=True):
-        verdict = f"the same: {m.reason}" if m.reason else ""
-        if not options.list and not m.reason:
-            with applied(m) as owner:
-                verdict = failing(folder, owner, kills)
-            kills[verdict] += 1
-            survivors += not verdict
-            verdict = f"killed by {verdict}" if verdict else "SURVIVED"
-        print(f"{m.file}:{m.line} {m.rule}: {m.before} -> {m.after}  {verdict}", flush=True)
+    if options.list:
+        return print(*chosen, f"{len(chosen)} mutants", sep="\n")
+    start, killer = time.time(), Killer(chosen)
+    files = [str(TESTS / f"test_{name}.py") for name in ("rules", "losses", "factored", "gradient")]
+    status = pytest.main([*files, "-q", "-s", "-p", "no:cacheprovider"], [killer])
+    if status != pytest.ExitCode.OK:
+        return f"pytest ends with {status!r}"
     same = sum(bool(m.reason) for m in chosen)
     print(
-        f"{len(chosen)} mutants: {len(chosen) - same - survivors} killed, {survivors} survived, "
-        f"{same} compute the same; {time.time() - start:.0f} s"
+        f"{len(chosen)} mutants: {len(chosen) - same - killer.survivors} killed, "
+        f"{same} compute the same, {killer.survivors} survived; {time.time() - start:.0f} s"
     )
-    return survivors > 0
+    return int(killer.survivors > 0)
 
 
 if __name__ == "__main__":
