@@ -31,6 +31,7 @@ from unittest import mock
 import jax
 import pytest
 from _pytest.runner import runtestprotocol
+from equivalent import EQUIVALENT
 
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "jbackprop"
@@ -71,9 +72,6 @@ KILLERS = {
 LIMIT = 120
 """Seconds that the tests of one mutant may take: an endless one is killed too."""
 
-EQUIVALENT: dict[tuple[str, str], str] = {}
-"""(before, after), or (before, "") for all within it: why it computes the same."""
-
 TURNED: dict[type, list[type]] = {
     ast.Gt: [ast.GtE, ast.Lt], ast.GtE: [ast.Gt, ast.LtE], ast.Lt: [ast.LtE, ast.Gt],
     ast.LtE: [ast.Lt, ast.GtE], ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot],
@@ -105,13 +103,12 @@ class Mutant(NamedTuple):
     file: str
     rule: str
     line: int
-    before: str
-    after: str
+    what: str
     reason: str  # why it computes the same
     change: tuple[ast.Module, Any, Any, ast.AST]
 
     def __str__(self):
-        return f"{self.file}:{self.line} {self.rule}: {self.before} -> {self.after}"
+        return f"{self.file}:{self.line} {self.what}"
 
 
 def wrong(node, rule, names):
@@ -126,8 +123,10 @@ def wrong(node, rule, names):
             yield operand
         case ast.BoolOp(op, values):
             yield ast.BoolOp(TURNED[type(op)][0](), values)
-            yield from values if len(values) == 2 else (
-                ast.BoolOp(op, [w for w in values if w is not v]) for v in values
+            yield from (
+                values
+                if len(values) == 2
+                else (ast.BoolOp(op, [w for w in values if w is not v]) for v in values)
             )
         case ast.Compare(left, ops, rights):
             for i, op in enumerate(ops):
@@ -168,8 +167,11 @@ def wrong(node, rule, names):
                 yield ast.Call(func, args, [other for other in keywords if other is not k])
 
 
-def places(node, reason=""):
-    """Every node that computes, as (holder, key, node, why its change would not matter)."""
+ATOMS = ast.Name | ast.Constant | ast.Attribute | ast.UnaryOp | ast.keyword
+
+
+def places(node, shown=None):
+    """Every node that computes: its holder, its key there, itself, what to show of its change."""
     for field, value in ast.iter_fields(node):
         many = isinstance(value, list)
         for key, child in enumerate(value) if many else [(field, value)]:
@@ -181,9 +183,9 @@ def places(node, reason=""):
                 case ast.Expr(ast.Call(func)) if "check" in ast.unparse(func):
                     continue
             if isinstance(child, ast.AST) and field not in ("annotation", "returns"):
-                why = reason or EQUIVALENT.get((ast.unparse(child), ""), "")
-                yield value if many else vars(node), key, child, why
-                yield from places(child, why)
+                around = (shown if isinstance(child, ATOMS) else None) or child
+                yield value if many else vars(node), key, child, around
+                yield from places(child, around)
 
 
 def functions(tree, prefix=""):
@@ -213,17 +215,17 @@ def mutants():
             names = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)}
             names |= {a.arg for a in function.args.args}
             seen = {ast.unparse(function)}
-            for holder, key, node, reason in places(ast.Module(function.body, [])):
-                before, _, _ = ast.unparse(node).partition("\n")
+            for holder, key, node, shown in places(ast.Module(function.body, [])):
+                before, _, _ = ast.unparse(shown).partition("\n")
                 for new in wrong(node, rule, names):
                     with changed(holder, key, new):
                         source = ast.unparse(function)
+                        after, _, _ = ast.unparse(new if shown is node else shown).partition("\n")
                     if source not in seen:
                         seen.add(source)
-                        after, _, _ = ast.unparse(new).partition("\n")
-                        why = reason or EQUIVALENT.get((before, after), "")
-                        change = tree, holder, key, new
-                        yield Mutant(file, rule, node.lineno, before, after, why, change)
+                        what = f"{rule}: {before} -> {after}"
+                        why = next((w for w, same in EQUIVALENT.items() if what in same), "")
+                        yield Mutant(file, rule, node.lineno, what, why, (tree, holder, key, new))
 
 
 @contextlib.contextmanager

@@ -212,3 +212,81 @@ def test_full_sums_in_float32():
     pair = jb.Full(g, "a test", jb.Place((3,), jnp.dtype("bfloat16")))
     np.testing.assert_array_equal(pair.total(), np.full(3, 3.0 * 4096))
     np.testing.assert_array_equal(pair.total(jnp.ones(4096)), np.full(3, 3.0 * 4096))
+
+
+@pytest.mark.parametrize("stack", [(1,), (2,), (3, 1), (1, 3)])
+@pytest.mark.parametrize("pair", KINDS.values(), ids=KINDS.keys())
+def test_scans_in_scans(pair, stack):
+    """The first of `stack` is the outermost scan; one copy has an axis too."""
+    each = pair.each()
+    for depth in reversed(stack):
+        pair = jax.tree.map(lambda v, d=depth: jnp.stack([(k + 1) * v for k in range(d)]), pair)
+        pair = pair.stacked()
+    copies = pair.each()
+    assert copies.shape == (B, *stack, *each.shape[1:])
+    assert relative(pair.total(), copies.sum(0)) < 1e-14
+    first = copies[(slice(None), *[0] * len(stack))]
+    assert relative(first, each) < 1e-14
+    assert relative(pair.square_norm(), (copies.reshape(B, -1) ** 2).sum(1)) < 1e-13
+
+
+@pytest.mark.parametrize("pair", KINDS.values(), ids=KINDS.keys())
+def test_one_example(pair):
+    one = jax.tree.map(lambda v: v[:1], pair)
+    each = explicit(one).reshape(pair.place.shape)
+    assert relative(one.total(), each) < 1e-14
+    assert relative(one.total(jnp.ones(1)), each) < 1e-14
+    assert relative(one.square_norm(), np.sum(each**2).reshape(1)) < 1e-14
+    small = jax.tree.map(lambda v: 1e-3 * v, one)
+    assert relative(small.square_norm(), np.sum(small.each() ** 2).reshape(1)) < 1e-13
+
+
+def test_steps_between_equal_shapes_are_taken():
+    steps = (("transpose", (0, 2, 1)),)
+    pair = outer(1, 2, 4, 4, shape=(1, 4, 4), steps=steps)
+    g = explicit(pair).transpose(0, 1, 3, 2)
+    assert relative(pair.each(), g) < 1e-14
+    assert relative(pair.total(), g.sum(0)) < 1e-14
+    bias = jb.Shift(pair.delta, jb.Place((4, 1), jnp.dtype(float), steps=(("transpose", (1, 0)),)))
+    assert relative(bias.total(), explicit(bias).transpose(0, 2, 1).sum(0)) < 1e-14
+
+
+@pytest.mark.parametrize("pair", KINDS.values(), ids=KINDS.keys())
+def test_a_nan_that_counts_is_not_hidden(pair):
+    bad = jax.tree.map(lambda v: v.at[1].set(jnp.nan), pair)
+    assert np.isnan(bad.total(jnp.full(B, 0.5))).all()
+
+
+def test_a_pair_that_was_never_placed_is_stacked_all_the_same():
+    for name in ("outer", "shift", "full"):
+        pair = dataclasses.replace(KINDS[name], place=None)
+        stack = jax.tree.map(lambda v: jnp.stack([v, v]), pair).stacked()
+        assert stack.place is None
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_pair_of_two_dtypes_is_taken_in_the_wider(groups, dtypes):
+    place = jb.Place((groups, 3, 4), jnp.dtype("float32"))
+    a, delta = normal(B, groups, 2, 3), normal(B, groups, 2, 4, seed=1)
+    pair = jb.Outer(a.astype(dtypes[0]), delta.astype(dtypes[1]), place)
+    wide = jax.tree.map(lambda v: v.astype(float), pair)
+    with jax.numpy_dtype_promotion("standard"):
+        assert pair.total().dtype == jnp.float32
+        assert relative(pair.total(), wide.total()) < 1e-6
+        assert relative(pair.each(), wide.each()) < 1e-6
+
+
+def test_a_square_norm_is_not_negative_where_the_gradient_cancels():
+    """Two positions, or two parts, that undo each other: what is left is rounding."""
+    a, d, noise = normal(64, 1, 1, 9), normal(64, 1, 1, 8, seed=1), normal(64, 1, 1, 9, seed=2)
+    near, place = a * (1 + 1e-6 * noise), jb.Place((9, 8), jnp.dtype("float32"))
+
+    def pair(*arrays):
+        return jb.Outer(*(v.astype("float32") for v in arrays), place)
+
+    both = pair(jnp.concatenate([a, near], 2), jnp.concatenate([d, -d], 2))
+    parts = jb.Sum((pair(a, d), pair(-near, d)), place)
+    assert jnp.min(both.dot(dataclasses.replace(both))) < 0  # unclamped: another object
+    assert jnp.min(parts.dot(parts)) < 0
+    assert jnp.min(both.square_norm()) == jnp.min(parts.square_norm()) == 0

@@ -168,13 +168,41 @@ def test_probabilities_over_positions():
     assert relative(loss.delta(a, y), -y / a / 5) < 1e-14
 
 
-def test_an_ignored_place_is_not_there_even_if_it_is_nan():
+@pytest.mark.parametrize("w", [None, W])
+@pytest.mark.parametrize("s", [0.0, 0.1])
+@pytest.mark.parametrize("ignored", [-1, 100])
+def test_an_ignored_place_is_not_there_even_if_it_is_nan(ignored, s, w):
     z = jnp.asarray(Z).at[2].set(jnp.nan)
-    y = jnp.asarray(LABELS).at[2].set(-1)
-    for s in (0.0, 0.1):
-        loss = jb.SoftmaxCrossEntropy(s, ignore_index=-1)
+    y = jnp.asarray(LABELS).at[2].set(ignored)
+    loss = jb.SoftmaxCrossEntropy(s, w, ignored)
+    with jax.debug_infs(True):
         assert bool(jnp.all(jnp.isfinite(loss.value(z, y))))
-        assert not np.any(np.asarray(loss.delta(z, y))[2])
+    assert not np.any(np.asarray(loss.delta(z, y))[2])
+
+
+def test_a_class_of_weight_0_is_not_there_even_if_it_is_nan():
+    z, y = jnp.asarray(Z).at[2].set(jnp.nan), jnp.asarray(LABELS).at[2].set(3)
+    loss = jb.SoftmaxCrossEntropy(class_weights=(*W[:3], 0.0))
+    assert bool(jnp.all(jnp.isfinite(loss.value(z, y))))
+    assert not np.any(np.asarray(loss.delta(z, y))[2])
+
+
+@each
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_value_and_delta_at_once_are_those_one_by_one(name, dtype):
+    loss, y, _ = REFERENCE[name]
+    z, y = jnp.asarray(inputs(name), dtype), jnp.asarray(y)
+    value, delta = loss.value_and_delta(z, y)
+    assert delta.dtype == z.dtype
+    np.testing.assert_array_equal(value, loss.value(z, y))
+    np.testing.assert_array_equal(delta, loss.delta(z, y))
+
+
+def test_a_probability_of_0_has_the_delta_0_and_divides_nothing_by_0():
+    tiny = float(jnp.finfo(float).tiny)
+    a, y = jnp.asarray([[1.0, 0.0, 0.0, tiny]]), jnp.asarray([[0.5, 0.0, 0.25, 0.25]])
+    with jax.debug_nans(True):
+        np.testing.assert_array_equal(jb.CrossEntropy().delta(a, y), [[-0.5, 0, 0, 0]])
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
@@ -206,10 +234,13 @@ def test_softmax_at_extremes_by_hand():
         )
 
 
-def test_a_label_out_of_range_under_jit_is_nan_never_a_number():
-    loss, z = jb.SoftmaxCrossEntropy(), jnp.asarray(Z)
-    labels = jnp.asarray(LABELS).at[2].set(Q).at[4].set(-1)
-    value, delta = jax.jit(loss.value)(z, labels), jax.jit(loss.delta)(z, labels)
+@pytest.mark.parametrize(
+    "loss", [jb.SoftmaxCrossEntropy(0.0, w, i) for i in (None, 9) for w in (None, W)],
+    ids=repr,
+)  # fmt: skip
+def test_a_label_out_of_range_under_jit_is_nan_never_a_number(loss):
+    z, labels = jnp.asarray(Z), jnp.asarray(LABELS).at[2].set(Q).at[4].set(-1)
+    value, delta = jax.jit(lambda z, y: (loss.value(z, y), loss.delta(z, y)))(z, labels)
     assert list(np.isnan(value)) == [False, False, True, False, True, False]
     assert list(np.isnan(delta).all(1)) == [False, False, True, False, True, False]
 

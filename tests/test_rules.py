@@ -287,3 +287,34 @@ def test_a_mutated_rule_is_found(wrong, key):
     net, loss = jb.Sequential(jb.Dense(4, 4), jb.Tanh(), wrong(4, 4)), jb.SquaredError()
     x, y = jax.random.normal(key, (5, 4)), jnp.zeros((5, 4))
     assert not jb.check.network(net, loss, net.init(key), x, y).ok
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in LEAVES if isinstance(c.net, jb.Elementwise)], ids=lambda case: case.name
+)
+def test_slope_is_what_backward_multiplies_with(case):
+    trace, delta = traced(case)
+    if not isinstance(case.net, jb.Identity):
+        slope = case.net.slope(trace.x, trace.y)
+        assert slope.dtype == delta.dtype
+        delta_x, _ = case.net.backward((), trace, delta)
+        np.testing.assert_array_equal(delta_x, delta * slope)
+
+
+def test_the_slope_of_a_users_activation_is_cast_to_its_dtype():
+    layer = jb.Activation(jnp.tanh, lambda z: 1 - jnp.square(jnp.tanh(z.astype("float64"))))
+    z = jnp.linspace(-1, 1, 5, dtype="float32").reshape(1, 5)
+    delta_x, _ = jb.backward(layer, (), jb.Trace(z, None, None), jnp.ones_like(z), sweep.keep)
+    assert delta_x.dtype == z.dtype
+    assert relative(delta_x, 1 / np.cosh(np.asarray(z, float)) ** 2) < 1e-7
+
+
+def test_transport_passes_layers_without_parameters_and_leaves_gradients_their_dtype(key):
+    net = jb.Sequential(jb.Dense(4, 3), jb.Autodiff(lambda _, x: jnp.sin(x)), jb.Dense(3, 2))
+    params, x, y = net.init(key), jnp.ones((2, 4)), jnp.zeros((2, 2))
+    same = jax.tree.map(lambda p: p.astype("float32").astype(p.dtype), params)
+    transport = jax.tree.map(lambda p: p.astype("float32"), same)
+    bp = jb.backprop(net, jb.SquaredError(), same, x, y, transport=transport)
+    truth = jax.grad(lambda p: mean_cost(net, jb.SquaredError(), p, x, y))(same)
+    assert_close(jb.gradient(bp), truth)
+    assert {g.dtype for g in jax.tree.leaves(jb.gradient(bp))} == {jnp.dtype("float64")}

@@ -1,0 +1,3 @@
+"""Mutants that compute the same as the rule: why, and which."""
+
+EQUIVALENT: dict[str, list[str]] = {}
