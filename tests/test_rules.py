@@ -318,3 +318,13 @@ def test_transport_passes_layers_without_parameters_and_leaves_gradients_their_d
     truth = jax.grad(lambda p: mean_cost(net, jb.SquaredError(), p, x, y))(same)
     assert_close(jb.gradient(bp), truth)
     assert {g.dtype for g in jax.tree.leaves(jb.gradient(bp))} == {jnp.dtype("float64")}
+
+
+def test_transport_is_rounded_to_the_dtype_of_the_delta(key):
+    layer = jb.Dense(64, 64, bias=False)
+    w = layer.init(key)["w"].astype("float32")
+    delta = jax.random.normal(key, (2, 64), "bfloat16")
+    params, trace = {"w": w.astype("bfloat16")}, jb.Trace(delta, None, None)
+    got, _ = jb.backward(layer, params, trace, delta, sweep.keep, {"w": w})
+    expected, _ = jb.backward(layer, params, trace, delta, sweep.keep)
+    np.testing.assert_array_equal(got.astype(float), expected.astype(float))

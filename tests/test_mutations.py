@@ -1,0 +1,41 @@
+"""A few mutants of the rules; `python tests/mutate_rules.py` runs every one."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from equivalent import EQUIVALENT
+from mutate_rules import SOURCE, TESTS, functions, mutants
+
+pytestmark = pytest.mark.newest
+ALL = list(mutants())
+NAMES = ("backward", "slope", "delta", "value_and_delta", "error", "mean", "targets")
+
+
+def test_every_rule_has_mutants():
+    rules = {
+        (str(path.relative_to(SOURCE)), name)
+        for folder in ("layers", "losses", "compose")
+        for path in (SOURCE / folder).glob("*.py")
+        for name, function in functions(ast.parse(path.read_text()))
+        if name.split(".")[-1] in NAMES and isinstance(function.body[-1], ast.Return)
+    }
+    assert len(rules) > 20
+    assert rules <= {(m.file, m.rule) for m in ALL}
+
+
+def test_what_computes_the_same_is_still_there_and_one_place():
+    found = Counter(m.what for m in ALL)
+    stated = [what for same in EQUIVALENT.values() for what in same]
+    assert {what: found[what] for what in stated} == dict.fromkeys(stated, 1)
+
+
+def test_a_sample_of_mutants_is_killed():
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, TESTS / "mutate_rules.py", "--sample", "12"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mutants: 12 killed" in done.stdout, done.stdout
