@@ -46,4 +46,52 @@ EQUIVALENT: dict[str, list[str]] = {
         "SoftmaxCrossEntropy._spread: jnp.where(mass[..., None] == 0, 0, t * mass[..., None])"
         " -> t * mass[..., None]"
     ],
+    "a layer leaves alone what it does not read": [
+        "Sequential.backward: ends[i] if 'x' in layer.reads else None -> ends[i]",
+        "Sequential.backward: ends[i + 1] if 'y' in layer.reads else None -> ends[i + 1]",
+    ],
+    "a transport has the leaves of params": [
+        "backward: jax.tree.leaves(params) -> jax.tree.leaves(carry)",
+    ],
+    "the same program under another name": [
+        "leafwise: functools.partial(jax.jit, inline=True) -> functools.partial(jax.jit)",
+        "leafwise: functools.partial(jax.jit, inline=True) -> functools.partial(jax.jit, inline=False)",
+    ],
+    "dtypes have 16, 32 or 64 bits, and float32 is float32": [
+        "wide_dtype: jnp.finfo(dtype).bits >= 32 -> jnp.finfo(dtype).bits > 32",
+        "wide_dtype: jnp.finfo(dtype).bits >= 32 -> jnp.finfo(dtype).bits >= 31",
+    ],
+    "times a weight of 0": ["present: jnp.zeros((), values.dtype) -> jnp.ones((), values.dtype)"],
+    "asked only after isinstance": [
+        "Factored._same_form: type(other) is type(self) and mine == dataclasses.replace(other.home, path='')"
+        " -> mine == dataclasses.replace(other.home, path='')",
+    ],
+    "_same_form looks at the type": [
+        "Outer.dot: isinstance(other, Outer) and self._same_form(other) -> self._same_form(other)",
+        "Outer.gram: isinstance(other, Outer) and alone and self._same_form(other)"
+        " -> alone and self._same_form(other)",
+        "Shift.dot: isinstance(other, Shift) and self._same_form(other) -> self._same_form(other)",
+    ],
+    "a and delta have one depth, the same groups and positions": [
+        "Outer.stacked: self.a.shape[0] -> self.delta.shape[0]",
+        "Outer.total: a.shape[1] -> delta.shape[1]",
+        "Outer.second_moment: self.a.shape[2] -> self.delta.shape[2]",
+        "Outer.dot: self.a.shape[2] -> self.delta.shape[2]",
+        "Outer.dot: other.a.shape[2] -> other.delta.shape[2]",
+        "Outer.gram: self.a.shape[2] -> self.delta.shape[2]",
+        "Outer.gram: other.a.shape[2] -> other.delta.shape[2]",
+    ],
+    "a dearer way to the same number": [
+        "Outer.total: a.shape[1] == 1 -> a.shape[1] == 0",
+        "Outer.dot: t == s == 1 -> t == s == 0",
+        "Shift.total: delta.shape[1] == 1 -> delta.shape[1] == 0",
+    ],
+    "there is one position, and an index beyond is that of the last": [
+        "Outer.second_moment: (:, :, 0) -> (:, :, 1)",
+    ],
+    "a product of two, summed over all that they share": [
+        "Outer.dot: _einsum('ngti,ngti->ng', self.a, other.a) -> _einsum('ngti,ngti->ng', other.a, self.a)",
+        "Outer.dot: _einsum('ngto,ngto->ng', self.delta, other.delta)"
+        " -> _einsum('ngto,ngto->ng', other.delta, self.delta)",
+    ],
 }

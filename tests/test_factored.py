@@ -1,6 +1,7 @@
 """The kinds, alone: every answer against gradients written out example by example."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ KINDS = {
     "shift": shift(1, 1, 4),
     "shift over positions": shift(1, 6, 4),
     "shift in groups": shift(3, 2, 4),
+    "shift of width 1": shift(1, 1, 1),
     "full": full(3, 4),
     "full scalar": full(),
 }
@@ -290,3 +292,18 @@ def test_a_square_norm_is_not_negative_where_the_gradient_cancels():
     assert jnp.min(both.dot(dataclasses.replace(both))) < 0  # unclamped: another object
     assert jnp.min(parts.dot(parts)) < 0
     assert jnp.min(both.square_norm()) == jnp.min(parts.square_norm()) == 0
+
+
+def test_gradients_are_written_out_only_where_that_is_cheaper(monkeypatch):
+    for question in ("dot", "gram", "second_moment"):
+        monkeypatch.setattr(jb.Factored, question, lambda *_: "written out")
+    here, there = (dataclasses.replace(KINDS["outer"].place, path=p) for p in ("here", "there"))
+    pair, other = (dataclasses.replace(KINDS["outer"], place=p) for p in (here, there))
+    for answer in (pair.dot(other), pair.gram(other), pair.second_moment()):
+        assert isinstance(answer, jax.Array)
+    monkeypatch.setattr(jb.factored, "_einsum", lambda *_: jnp.ones((1, 1, 1, 1)))
+    for t, s, i, o in itertools.product((1, 2, 3, 9), (1, 2, 3, 9), (1, 2, 3, 7), (1, 2, 3, 7)):
+        place = jb.Place((i, o), jnp.dtype(float))
+        one, two = (jb.Outer(np.ones((1, 1, n, i)), np.ones((1, 1, n, o)), place) for n in (t, s))
+        dearer = t * s * (i + o) > (t + s) * i * o
+        assert isinstance(one.dot(two), str) == dearer, (t, s, i, o)

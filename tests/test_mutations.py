@@ -4,7 +4,6 @@ import ast
 import os
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
 from equivalent import EQUIVALENT
@@ -27,10 +26,10 @@ def test_every_rule_has_mutants():
     assert rules <= {(m.file, m.rule) for m in ALL}
 
 
-def test_what_computes_the_same_is_still_there_and_one_place():
-    found = Counter(m.what for m in ALL)
+def test_what_computes_the_same_is_still_there():
     stated = [what for same in EQUIVALENT.values() for what in same]
-    assert {what: found[what] for what in stated} == dict.fromkeys(stated, 1)
+    assert set(stated) <= {m.what for m in ALL}
+    assert len(stated) == len(set(stated))
 
 
 def test_a_sample_of_mutants_is_killed():
