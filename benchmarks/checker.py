@@ -89,8 +89,10 @@ class Result:
     peers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def judge(entry: Entry, peers: Sequence[str], seconds: dict[str, float]) -> Result:
-    """Try them all on one entry, and add the seconds that each takes."""
+def judge(
+    entry: Entry, peers: Sequence[str], known: dict[str, str], seconds: dict[str, float]
+) -> Result:
+    """Try on one entry ours and the peers that are not known; add the seconds that each takes."""
 
     def timed(name: str, call: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -100,7 +102,9 @@ def judge(entry: Entry, peers: Sequence[str], seconds: dict[str, float]) -> Resu
 
     found = timed("ours", functools.partial(report, entry))
     words = dict.fromkeys(leaf.diagnosis for leaf in found.failures if leaf.diagnosis)
-    others = {name: timed(name, functools.partial(peer, name, entry)) for name in peers}
+    others = {
+        name: known.get(name) or timed(name, functools.partial(peer, name, entry)) for name in peers
+    }
     result = Result(entry.id, entry.kind, isinstance(entry, Planted), found.verdict, peers=others)
     jax.clear_caches()  # hundreds of compiled programs would fill the memory
     if not isinstance(entry, Planted):
@@ -180,6 +184,7 @@ def main() -> None:
     parser.add_argument("--peers", default=",".join(PEERS), help="a,b,... or none")
     parser.add_argument("--only", default="", help="entries whose id has this text")
     parser.add_argument("--prove", action="store_true", help="only prove the catalogue itself")
+    parser.add_argument("--keep", type=Path, help="saved before: what peers said is taken from it")
     parser.add_argument("--out", type=Path, help="save all that was said, as JSON")
     options = parser.parse_args()
     peers = [] if options.peers == "none" else options.peers.split(",")
@@ -188,8 +193,10 @@ def main() -> None:
     if options.prove:
         unproved = [entry.id for entry in bar if not is_proved(entry)]
         sys.exit("\n".join(["not what the catalogue says:", *unproved]) if unproved else None)
-    seconds: dict[str, float] = {}
-    results = [judge(entry, peers, seconds) for entry in bar]
+    kept = json.loads(options.keep.read_text()) if options.keep else {"results": []}
+    known = {r["id"]: r["peers"] for r in kept["results"]}
+    seconds = kept.get("seconds", {}) | {"ours": 0.0}
+    results = [judge(entry, peers, known.get(entry.id, {}), seconds) for entry in bar]
     for r in results:
         undiagnosed = r.planted and r.expect and not r.diagnosed
         if r.planted != (r.ours == "wrong") or undiagnosed:

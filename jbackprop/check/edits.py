@@ -9,6 +9,7 @@ which one to make.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +25,10 @@ _KNOWN = {
     "integer_pow", "square", "erf", "abs", "asinh", "atan",
 }  # fmt: skip
 _JOINS = ("mul", "div", "sub", "add", "add_any")
+_LOOPS = ("scan", "cond", "while")
 _MOST = 120
+_EVERYWHERE = ("f' is", "the weights")
+"""Mistakes that are made in every layer, if in one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,12 @@ class Edits:
 
     def gradients(self) -> Iterator[tuple[Edit, list[Array]]]:
         """The gradient without an edit, then each edit with the gradient that it leads to."""
-        for edit in (Edit(0, ""), *self.edits[:_MOST]):
+        everywhere = [
+            Edit(code, f"{words}, in every layer")
+            for words, (code, count) in self.families.items()
+            if count > 1
+        ]
+        for edit in (Edit(0, ""), *self.edits[:_MOST], *everywhere):
             yield edit, self._gradient(*self._args, edit.code)
 
     def _collect(self, jaxpr: Any) -> None:
@@ -77,6 +86,7 @@ class Edits:
 
     def _edited(self, active: list[Any], passive: list[Any], code: Any) -> Array:
         self.edits = []
+        self.families: dict[str, tuple[int, int]] = {}  # what is made everywhere: code, how often
         flags = [True] * len(active) + [False] * len(jax.tree.leaves(passive))
         flat = [*active, *jax.tree.leaves(passive)]
 
@@ -85,20 +95,39 @@ class Edits:
             self.edits += [Edit(base + i, words) for i, (words, _) in enumerate(ways)]
             inside = (code >= base) & (code < base + len(ways))
             branch = jnp.where(inside, code - base + 1, 0)
+            for i, (words, _) in enumerate(ways):
+                if words.startswith(_EVERYWHERE):
+                    family = re.sub(r" \([\dx]+\)", "", words)
+                    own, count = self.families.get(family, (-1 - len(self.families), 0))
+                    self.families[family] = own, count + 1
+                    branch = jnp.where(code == own, i + 1, branch)
             return lax.switch(branch, [right, *(way for _, way in ways)], *values)
 
         def visit(eqn: Any, values: list[Any], depends: list[bool], go: Any) -> list[Any]:
-            ways = list(self._ways(eqn, values, depends))
+            ways = list(self._ways(eqn, values, depends, beside(eqn)))
             return [chosen(ways, lambda *v: go()[0], values)] if ways else go()
+
+        inputs = _inputs_of_units(self._closed, flat, flags)
+        seen: dict[str, int] = {}
+
+        def beside(eqn: Any) -> list[Any]:
+            """What the units of this name before and after it get."""
+            name = _named(eqn)
+            at, own = seen.get(name, 0), inputs.get(name, [])
+            seen[name] = at + 1
+            return [own[i % len(own)] for i in (at + 1, at - 1)[: len(own) - 1] if own]
 
         for i, z in enumerate(flat[: len(active)]):
             if z.ndim:
-                flat[i] = chosen(list(_again("", lambda z: z)), lambda z: z, [z])
+                flat[i] = chosen(list(_again("", z.shape[-1], lambda z: z)), lambda z: z, [z])
         return evaluate(self._closed, flat, flags, visit)[0]
 
-    def _ways(self, eqn: Any, values: list[Any], depends: list[bool]) -> Iterator[tuple[str, Any]]:
-        if not any(depends) or len(self.edits) > _MOST:
+    def _ways(
+        self, eqn: Any, values: list[Any], depends: list[bool], beside: list[Any]
+    ) -> Iterator[tuple[str, Any]]:
+        if not any(depends):
             return
+        enough = len(self.edits) > _MOST  # but for what is made everywhere
         name, stop = _named(eqn), lax.stop_gradient
         f = _unit(eqn)
         if f is not None:
@@ -107,6 +136,13 @@ class Edits:
                 f"f' is taken at the output a = f(z), not at z: that of {name}",
                 lambda z, *_: graft(f(z), f(stop(f(z)) + z - stop(z))),
             )
+            for which, other in zip(("next", "previous"), beside, strict=False):
+                yield (
+                    f"f' is that of the {which} layer, taken at its z: that of {name}",
+                    lambda z, *_, at=other: graft(f(z), f(at + z - stop(z))),
+                )
+            if enough:
+                return
             yield (
                 f"f' is multiplied in twice, that of {name}",
                 lambda z, *_: graft(f(z), f(stop(z) + f(z) - stop(f(z)))),
@@ -117,7 +153,7 @@ class Edits:
                     words = f"f' is that of {other}, in the place of that of {name}"
                     yield words, lambda z, *_, g=g: graft(f(z), g(z))
             return
-        if eqn.primitive.name in _JOINS and all(depends) and len(values) == 2:
+        if eqn.primitive.name in _JOINS and all(depends) and len(values) == 2 and not enough:
             for i, way in enumerate(("first", "second")):
 
                 def cut(*v: Any, i: int = i) -> Any:
@@ -128,23 +164,46 @@ class Edits:
                 yield words, cut
         if eqn.primitive.name == "dot_general":
             yield from _untransposed(eqn, depends)
+        if enough:
+            return
         net_input = eqn.primitive.name in ("dot_general", "add", "sub", "conv_general_dilated")
         if net_input and eqn.outvars[0].aval.shape:
 
             def bound(*v: Any) -> Any:
                 return eqn.primitive.bind(*v, **eqn.params)
 
-            yield from _again(_join(eqn), bound)
+            yield from _again(_join(eqn), eqn.outvars[0].aval.shape[-1], bound)
 
 
-def _again(name: str, value: Callable[..., Array]) -> Iterator[tuple[str, Any]]:
+def _again(name: str, width: int, value: Callable[..., Array]) -> Iterator[tuple[str, Any]]:
     """The delta of an output layer, multiplied by the f' that it already has in it."""
     for words, slope in _AGAIN.items():
+        if width == 1 and "softmax" in words:
+            continue
         told = f"the delta of the net input {name}".strip()
         yield (
             f"{told} is multiplied by f' again: {words}",
             lambda *v, slope=slope: _delta_times(slope, value(*v)),
         )
+
+
+def _inputs_of_units(closed: Any, flat: list[Any], flags: list[bool]) -> dict[str, list[Any]]:
+    """What the elementwise functions of a program get, by name; within loops it cannot be had."""
+    found: dict[str, list[Any]] = {}
+    loops = 0
+
+    def visit(eqn: Any, values: list[Any], depends: list[bool], go: Any) -> list[Any]:
+        nonlocal loops
+        if not loops and _unit(eqn) is not None:
+            found.setdefault(_named(eqn), []).append(lax.stop_gradient(values[0]))
+            return step(eqn, values, depends, _as_is)
+        loops += eqn.primitive.name in _LOOPS
+        out = go()
+        loops -= eqn.primitive.name in _LOOPS
+        return out
+
+    evaluate(closed, flat, flags, visit)
+    return found
 
 
 def _as_is(eqn: Any, values: list[Any], depends: list[bool], go: Any) -> list[Any]:
