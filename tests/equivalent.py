@@ -61,7 +61,9 @@ EQUIVALENT: dict[str, list[str]] = {
         "wide_dtype: jnp.finfo(dtype).bits >= 32 -> jnp.finfo(dtype).bits > 32",
         "wide_dtype: jnp.finfo(dtype).bits >= 32 -> jnp.finfo(dtype).bits >= 31",
     ],
-    "times a weight of 0": ["present: jnp.zeros((), values.dtype) -> jnp.ones((), values.dtype)"],
+    "times a weight of 0, and NaN has no derivative by it": [
+        "present: jnp.zeros((), values.dtype) -> jnp.ones((), values.dtype)"
+    ],
     "asked only after isinstance": [
         "Factored._same_form: type(other) is type(self) and mine == dataclasses.replace(other.home, path='')"
         " -> mine == dataclasses.replace(other.home, path='')",
@@ -88,6 +90,10 @@ EQUIVALENT: dict[str, list[str]] = {
     ],
     "there is one position, and an index beyond is that of the last": [
         "Outer.second_moment: (:, :, 0) -> (:, :, 1)",
+    ],
+    "the parts of a sum are stacked alike": ["Sum.stacked: parts[0] -> parts[1]"],
+    "dot_general takes two dtypes too": [
+        "Outer.total: v.reshape(-1, v.shape[3]).astype(dtype) -> v.reshape(-1, v.shape[3])",
     ],
     "a product of two, summed over all that they share": [
         "Outer.dot: _einsum('ngti,ngti->ng', self.a, other.a) -> _einsum('ngti,ngti->ng', other.a, self.a)",

@@ -85,6 +85,12 @@ def test_dot_across_kinds():
     a, b = explicit(one).reshape(B, -1), explicit(other).reshape(B, -1)
     assert relative(one.dot(other), (a * b).sum(1)) < 1e-13
     assert relative(other.gram(one), b @ a.T) < 1e-13
+    turned = jb.Place((2, 2), jnp.dtype(float), steps=(("transpose", (1, 0)),))
+    bias = shift(2, 3, 2)
+    for kind in (full(2, 2), jb.Shift(normal(B, 2, 1, 2, seed=3), turned)):
+        a, b = bias.each().reshape(B, 4), kind.each().reshape(B, 4)
+        assert relative(bias.dot(kind), (a * b).sum(1)) < 1e-13
+        assert relative(bias.gram(kind), a @ b.T) < 1e-13
 
 
 def test_sum_has_its_cross_terms():
@@ -98,6 +104,8 @@ def test_sum_has_its_cross_terms():
     assert relative(pair.second_moment(), (g**2).sum(0)) < 1e-13
     assert relative(pair.gram(pair), flat @ flat.T) < 1e-13
     assert relative(parts[0].dot(pair), (flat * explicit(parts[0]).reshape(B, -1)).sum(1)) < 1e-13
+    assert relative(pair.dot(parts[0]), (flat * explicit(parts[0]).reshape(B, -1)).sum(1)) < 1e-13
+    assert relative(pair.gram(parts[1]), flat @ explicit(parts[1]).reshape(B, -1).T) < 1e-13
     naive = sum(p.square_norm() for p in parts)
     assert relative(naive, (flat**2).sum(1)) > 0.1
 
@@ -169,6 +177,25 @@ def test_sums_are_kept_in_float32(dtype):
     big = jb.Outer(a[:1] * 200, delta[:1] * 100, place)  # its square overflows float16
     np.testing.assert_allclose(big.square_norm(), [4 * (300.0 * 300) ** 2], rtol=1e-6)
     np.testing.assert_allclose(big.second_moment(), np.full((2, 2), (300.0 * 300) ** 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_totals_of_a_half_precision_are_float32(groups):
+    a, delta = normal(B, groups, 2, 3), normal(B, groups, 2, 4, seed=1)
+    w, shapes = normal(B, seed=2).astype("bfloat16"), ((groups, 3, 4), (groups, 4))
+    places = [jb.Place(shape, jnp.dtype("bfloat16")) for shape in shapes]
+    pair, bias = jb.Outer(a, delta, places[0]), jb.Shift(delta, places[1])
+    for kind in (pair, bias, jb.Full(bias.each(), "a test", places[1])):
+        half = jax.tree.map(lambda v: v.astype("bfloat16"), kind)
+        wide = jax.tree.map(lambda v: v.astype(float), half)
+        for question in ("each", "square_norm", "second_moment"):
+            answer = getattr(half, question)()
+            assert answer.dtype == jnp.float32
+            assert relative(answer, getattr(wide, question)()) < 1e-6
+        for weights in ((), (w,)):
+            total = half.total(*weights)
+            assert total.dtype == jnp.float32
+            assert relative(total, wide.total(*(v.astype(float) for v in weights))) < 1e-6
 
 
 def test_a_kind_without_a_place_says_so():
@@ -299,7 +326,8 @@ def test_gradients_are_written_out_only_where_that_is_cheaper(monkeypatch):
         monkeypatch.setattr(jb.Factored, question, lambda *_: "written out")
     here, there = (dataclasses.replace(KINDS["outer"].place, path=p) for p in ("here", "there"))
     pair, other = (dataclasses.replace(KINDS["outer"], place=p) for p in (here, there))
-    for answer in (pair.dot(other), pair.gram(other), pair.second_moment()):
+    bias = KINDS["shift"]
+    for answer in (pair.dot(other), pair.gram(other), pair.second_moment(), bias.dot(bias)):
         assert isinstance(answer, jax.Array)
     monkeypatch.setattr(jb.factored, "_einsum", lambda *_: jnp.ones((1, 1, 1, 1)))
     for t, s, i, o in itertools.product((1, 2, 3, 9), (1, 2, 3, 9), (1, 2, 3, 7), (1, 2, 3, 7)):
