@@ -17,17 +17,7 @@ from jbackprop.check.inputs import Inputs, keys
 from jbackprop.check.judge import How
 from jbackprop.check.numbers import EXACT, by_numbers, confirm, warn_of
 from jbackprop.check.numerical import Slope, Slopes
-from jbackprop.check.precision import (
-    Chain,
-    allowed,
-    as_given,
-    cast,
-    coarsest,
-    compiled,
-    exactly,
-    float64,
-    norm,
-)
+from jbackprop.check.precision import allowed, cast, coarsest, compiled, exactly, float64
 from jbackprop.check.programs import enters
 from jbackprop.check.report import Report, composed
 
@@ -102,7 +92,8 @@ class Question:
 
     def __post_init__(self) -> None:
         self.point = self.inputs.active, self.inputs.passive
-        self.dtypes = [np.asarray(c).dtype for c in self.candidates]
+        given = self.inputs.dtypes
+        self.dtypes = [coarsest([*given, np.asarray(c).dtype]) for c in self.candidates]
         self.rng = np.random.default_rng([self.how.seed, 1])
         self.notes: list[str] = []
 
@@ -127,8 +118,9 @@ class Question:
             source += (
                 f", compared with numbers along {self.how.directions} random direction(s) in each"
             )
-        computed = " and ".join(dict.fromkeys(map(str, self.inputs.dtypes)))
-        told = f"Computed in {computed}; truth: {source} (seed {self.how.seed})."
+        told = (
+            f"Computed in {coarsest(self.inputs.dtypes)}; truth: {source} (seed {self.how.seed})."
+        )
         return composed(path, kind, leaves, notes=[told, *self.notes])
 
     def known(self) -> list[judge.Truth] | None:
@@ -210,7 +202,7 @@ class Question:
         assert leaf.figures is not None
         at = np.asarray(truth.high > truth.low, np.float64)
         slope, claim = self.slope(i, at), float(np.vdot(float64(c), at))
-        size = truth.size + norm(c)
+        size = truth.tolerance(self.dtypes[i])[0] + float(np.linalg.norm(float64(c)))
         limit = slope.error + leaf.figures.tolerance * size * float(np.sqrt(at.sum()))
         if slope.kinked or not abs(claim - slope.value) > limit:
             return leaf
@@ -219,7 +211,7 @@ class Question:
             f"slope {slope.value:.6g}, and theirs add up to {claim:.6g}"
         )
         words = "a tie: the gradient must go to one of the equals, or be shared out among them"
-        error = abs(claim - slope.value) / (truth.norm or 1)
+        error = abs(claim - slope.value) / float(np.linalg.norm(truth.value) or 1)
         figures = dataclasses.replace(leaf.figures, error=error)
         leaf = dataclasses.replace(leaf, own="wrong", diagnosis=words, figures=figures)
         return judge.because(leaf, told)
@@ -231,7 +223,11 @@ class Question:
             return Report(name, self.what, own="wrong", why=why), None
         limit = how.tolerance
         if limit is None:
-            limit = allowed(truth.chain if truth else self.chains[i], dtype)
+            weights = [np.zeros(np.shape(c)) for c in self.candidates]
+            chain = truth.chain if truth else judge.chains_of(
+                lambda p: [self.weighed(p[0], (p[1], weights))], self.point, 1
+            )[0]  # fmt: skip
+            limit = allowed(chain, dtype)
         exact = how.exact if how.exact is not None else np.size(c) <= EXACT
         leaf, value = by_numbers(
             name, self.what, c, lambda d: self.slope(i, d), dtype, limit, how.directions,
@@ -241,20 +237,6 @@ class Question:
             why = "zero, as it must be: the function does not depend on it"
             leaf = Report(name, self.what, why=why, figures=leaf.figures)
         return leaf, value
-
-    @functools.cached_property
-    def chains(self) -> list[Chain]:
-        """What leads to each array, by autodiff; or to the function's value, where there is none."""
-
-        def value(point: Any) -> list[Any]:
-            weights = [np.zeros(np.shape(c)) for c in self.candidates]
-            return [self.weighed(point[0], (point[1], weights))] * len(self.candidates)
-
-        with as_given(coarsest(self.inputs.dtypes)):
-            try:
-                return judge.chains_of(self.autodiff, self.point)
-            except Exception:  # whatever a function may raise that has no derivative
-                return judge.chains_of(value, self.point)
 
     @functools.cached_property
     def slopes(self) -> Slopes:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jbackprop.check.edits import Edits
-from jbackprop.check.precision import cast, exactly, float64, norm
+from jbackprop.check.precision import cast, exactly, float64
 from jbackprop.check.report import Report
 
 
@@ -48,11 +48,11 @@ class Suspect:
         f = self.leaf.figures
         if f is None or self.truth is None:
             return 0.0
-        distance = norm(self.candidate - self.truth) if (
+        distance = float(np.linalg.norm(self.candidate - self.truth)) if (
             self.candidate.shape == self.truth.shape
         ) else math.inf  # fmt: skip
         scale = distance / f.error if 0 < f.error < math.inf and distance < math.inf else float(
-            norm(self.truth)
+            np.linalg.norm(self.truth)
         )  # fmt: skip
         return min(f.tolerance * scale, distance / 4)
 
@@ -61,7 +61,7 @@ class Suspect:
         target = self.truth if target is None else target
         if target is None or other.shape != target.shape:
             return False
-        return bool(norm(other - target) <= self.limit)
+        return bool(np.linalg.norm(other - target) <= self.limit)
 
 
 def diagnose(
@@ -115,8 +115,8 @@ def _not_finite(s: Suspect) -> str:
         name for name, found in (("nan", np.isnan(c)), ("inf", np.isinf(c))) if np.any(found)
     )
     f = s.leaf.figures
-    limit = f.tolerance * norm(s.truth) if f else 0.0
-    rest = norm((c - s.truth)[finite]) <= limit
+    limit = f.tolerance * float(np.linalg.norm(s.truth)) if f else 0.0
+    rest = np.linalg.norm((c - s.truth)[finite]) <= limit
     n = c.size - int(np.sum(finite))
     return f"yours but for {words} in {n} of {c.size} entries; the others are right" * bool(rest)
 
@@ -309,11 +309,11 @@ def _gap(s: Suspect, mutated: np.ndarray, wrong: bool) -> float:
         return 0.0  # explained by itself
     if mutated.shape != s.candidate.shape or not np.all(np.isfinite(mutated)):
         return math.inf
-    distance = norm(s.candidate - mutated)
+    distance = float(np.linalg.norm(s.candidate - mutated))
     if wrong:
         assert s.truth is not None
-        larger = float(norm(mutated) / (norm(s.truth) or 1))
+        larger = float(np.linalg.norm(mutated) / (np.linalg.norm(s.truth) or 1))
         return distance / (s.limit * max(larger, 1)) if s.limit else math.inf
     f = s.leaf.figures
-    within = f.tolerance * norm(mutated) if f else 0.0
+    within = f.tolerance * float(np.linalg.norm(mutated)) if f else 0.0
     return distance / within if within else (0.0 if distance == 0 else math.inf)
