@@ -87,6 +87,7 @@ EQUIVALENT: dict[str, list[str]] = {
         "Outer.total: a.shape[1] == 1 -> a.shape[1] == 0",
         "Outer.dot: t == s == 1 -> t == s == 0",
         "Shift.total: delta.shape[1] == 1 -> delta.shape[1] == 0",
+        "Sum.gram: other.parts if isinstance(other, Sum) else (other,) -> (other,)",
     ],
     "there is one position, and an index beyond is that of the last": [
         "Outer.second_moment: (:, :, 0) -> (:, :, 1)",
