@@ -138,7 +138,7 @@ def wrong(node, rule, names):
         case ast.Return(value) if rule.split(".")[-1] in NEGATED.split():
             yield ast.Return(ast.UnaryOp(ast.USub(), value))
         case ast.Return(ast.Tuple([delta, *rest])) if rule.endswith(".backward"):
-            yield ast.Return(ast.Tuple([ast.UnaryOp(ast.USub(), delta), *rest]))
+            yield ast.Return(ast.Tuple([ast.UnaryOp(ast.USub(), delta), *rest], ast.Load()))
         case ast.Constant(bool(value)):
             yield ast.Constant(not value)
         case ast.Constant(int(value)):
