@@ -17,7 +17,17 @@ from jbackprop.check.inputs import Inputs, keys
 from jbackprop.check.judge import How
 from jbackprop.check.numbers import EXACT, by_numbers, confirm, warn_of
 from jbackprop.check.numerical import Slope, Slopes
-from jbackprop.check.precision import allowed, cast, coarsest, compiled, exactly, float64
+from jbackprop.check.precision import (
+    Chain,
+    allowed,
+    as_given,
+    cast,
+    coarsest,
+    compiled,
+    exactly,
+    float64,
+    norm,
+)
 from jbackprop.check.programs import enters
 from jbackprop.check.report import Report, composed
 
@@ -92,8 +102,7 @@ class Question:
 
     def __post_init__(self) -> None:
         self.point = self.inputs.active, self.inputs.passive
-        given = self.inputs.dtypes
-        self.dtypes = [coarsest([*given, np.asarray(c).dtype]) for c in self.candidates]
+        self.dtypes = [np.asarray(c).dtype for c in self.candidates]
         self.rng = np.random.default_rng([self.how.seed, 1])
         self.notes: list[str] = []
 
@@ -118,9 +127,8 @@ class Question:
             source += (
                 f", compared with numbers along {self.how.directions} random direction(s) in each"
             )
-        told = (
-            f"Computed in {coarsest(self.inputs.dtypes)}; truth: {source} (seed {self.how.seed})."
-        )
+        computed = " and ".join(dict.fromkeys(map(str, self.inputs.dtypes)))
+        told = f"Computed in {computed}; truth: {source} (seed {self.how.seed})."
         return composed(path, kind, leaves, notes=[told, *self.notes])
 
     def known(self) -> list[judge.Truth] | None:
@@ -146,7 +154,8 @@ class Question:
         if truth is None:
             return self.by_numbers(i, None)
         leaf = judge.compare(name, self.what, c, truth, dtype, self.how.tolerance)
-        if leaf.verdict == "wrong" and np.shape(c) == truth.value.shape:
+        at_kink = leaf.verdict == "inconclusive" and np.any(truth.high > truth.low)
+        if (leaf.verdict == "wrong" or at_kink) and np.shape(c) == truth.value.shape:
             truth = self.kinks(i, c, truth, leaf)
             leaf = judge.compare(name, self.what, c, truth, dtype, self.how.tolerance)
         if leaf.verdict == "inconclusive" and not np.any(c) and not self.enters(i):
@@ -194,15 +203,15 @@ class Question:
             slope = self.slope(i, one)
             if not slope.kinked:
                 return truth
-            low[at], high[at] = min(low[at], slope.low), max(high[at], slope.high)
-        return dataclasses.replace(truth, low=low, high=high)
+            low[at], high[at] = slope.low - slope.error, slope.high + slope.error
+        return dataclasses.replace(truth, low=low, high=high, settled=True)
 
     def tied(self, i: int, c: Any, truth: judge.Truth, leaf: Report) -> Report:
         """Each entry may be possible at its kink, but not all at once: the largest of equals."""
         assert leaf.figures is not None
         at = np.asarray(truth.high > truth.low, np.float64)
         slope, claim = self.slope(i, at), float(np.vdot(float64(c), at))
-        size = truth.tolerance(self.dtypes[i])[0] + float(np.linalg.norm(float64(c)))
+        size = truth.size + norm(c)
         limit = slope.error + leaf.figures.tolerance * size * float(np.sqrt(at.sum()))
         if slope.kinked or not abs(claim - slope.value) > limit:
             return leaf
@@ -211,7 +220,7 @@ class Question:
             f"slope {slope.value:.6g}, and theirs add up to {claim:.6g}"
         )
         words = "a tie: the gradient must go to one of the equals, or be shared out among them"
-        error = abs(claim - slope.value) / float(np.linalg.norm(truth.value) or 1)
+        error = abs(claim - slope.value) / (truth.norm or 1)
         figures = dataclasses.replace(leaf.figures, error=error)
         leaf = dataclasses.replace(leaf, own="wrong", diagnosis=words, figures=figures)
         return judge.because(leaf, told)
@@ -223,11 +232,7 @@ class Question:
             return Report(name, self.what, own="wrong", why=why), None
         limit = how.tolerance
         if limit is None:
-            weights = [np.zeros(np.shape(c)) for c in self.candidates]
-            chain = truth.chain if truth else judge.chains_of(
-                lambda p: [self.weighed(p[0], (p[1], weights))], self.point, 1
-            )[0]  # fmt: skip
-            limit = allowed(chain, dtype)
+            limit = allowed(truth.chain if truth else self.chains[i], dtype)
         exact = how.exact if how.exact is not None else np.size(c) <= EXACT
         leaf, value = by_numbers(
             name, self.what, c, lambda d: self.slope(i, d), dtype, limit, how.directions,
@@ -237,6 +242,20 @@ class Question:
             why = "zero, as it must be: the function does not depend on it"
             leaf = Report(name, self.what, why=why, figures=leaf.figures)
         return leaf, value
+
+    @functools.cached_property
+    def chains(self) -> list[Chain]:
+        """What leads to each array, by autodiff; or to the value, where there is none."""
+
+        def value(point: Any) -> list[Any]:
+            weights = [np.zeros(np.shape(c)) for c in self.candidates]
+            return [self.weighed(point[0], (point[1], weights))] * len(self.candidates)
+
+        with as_given(coarsest(self.inputs.dtypes)):
+            try:
+                return judge.chains_of(self.autodiff, self.point)
+            except Exception:  # whatever a function may raise that has no derivative
+                return judge.chains_of(value, self.point)
 
     @functools.cached_property
     def slopes(self) -> Slopes:

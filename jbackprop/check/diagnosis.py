@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jbackprop.check.edits import Edits
-from jbackprop.check.precision import cast, exactly, float64
+from jbackprop.check.precision import cast, exactly, float64, norm
 from jbackprop.check.report import Report
 
 
@@ -48,20 +48,26 @@ class Suspect:
         f = self.leaf.figures
         if f is None or self.truth is None:
             return 0.0
-        distance = float(np.linalg.norm(self.candidate - self.truth)) if (
+        distance = norm(self.candidate - self.truth) if (
             self.candidate.shape == self.truth.shape
         ) else math.inf  # fmt: skip
         scale = distance / f.error if 0 < f.error < math.inf and distance < math.inf else float(
-            np.linalg.norm(self.truth)
+            norm(self.truth)
         )  # fmt: skip
         return min(f.tolerance * scale, distance / 4)
+
+    def telling(self, free: int = 0) -> bool:
+        """Whether a fit with some free numbers is no coincidence, of a hundred that are tried."""
+        size = norm(self.truth) if self.truth is not None else 0.0
+        within = max(self.limit / size, 1e-15) if size else 1.0
+        return 100 * within ** max(self.candidate.size - free, 0) < 0.01
 
     def explained(self, other: np.ndarray, target: np.ndarray | None = None) -> bool:
         """Whether an array is the truth (or another target) to tolerance."""
         target = self.truth if target is None else target
         if target is None or other.shape != target.shape:
             return False
-        return bool(np.linalg.norm(other - target) <= self.limit)
+        return bool(norm(other - target) <= self.limit)
 
 
 def diagnose(
@@ -85,6 +91,8 @@ def diagnose(
     for i, suspect in enumerate(suspects):
         if suspect.leaf.verdict != "wrong" or suspect.truth is None:
             continue
+        if suspect.leaf.figures and suspect.leaf.figures.cancels:
+            continue  # its truth is rounding: nothing can be fitted to it
         if not np.all(np.isfinite(suspect.truth)):
             continue
         if not np.all(np.isfinite(suspect.candidate)):
@@ -115,8 +123,8 @@ def _not_finite(s: Suspect) -> str:
         name for name, found in (("nan", np.isnan(c)), ("inf", np.isinf(c))) if np.any(found)
     )
     f = s.leaf.figures
-    limit = f.tolerance * float(np.linalg.norm(s.truth)) if f else 0.0
-    rest = np.linalg.norm((c - s.truth)[finite]) <= limit
+    limit = f.tolerance * norm(s.truth) if f else 0.0
+    rest = norm((c - s.truth)[finite]) <= limit
     n = c.size - int(np.sum(finite))
     return f"yours but for {words} in {n} of {c.size} entries; the others are right" * bool(rest)
 
@@ -132,6 +140,8 @@ def _in_one_array(
     assert t is not None
     if c.shape == t.shape and not np.any(c):
         yield True, "it is all zeros: the gradient is lost on the way (a stop_gradient?)"
+        return
+    if not s.telling():
         return
     factors = list(_factors(sizes))
     if c.shape == t.shape:
@@ -159,7 +169,7 @@ def _in_one_array(
         yield True, "yours with the signs of the truth: an absolute value has been taken"
     yield from _few_entries(s, factors)
     fitted = float(np.vdot(c, t) / np.vdot(c, c))
-    if c.size > 1 and fitted and s.explained(fitted * c):
+    if s.telling(1) and fitted and s.explained(fitted * c):
         yield False, f"yours times {fitted:.6g}"
 
 
@@ -221,8 +231,10 @@ def _multiple(
 ) -> Iterator[tuple[bool, str]]:
     """A term that is a multiple of the parameter: weight decay."""
     assert s.truth is not None
-    if w.shape != s.truth.shape or w.size < 2 or not np.any(w):
+    if w.shape != s.truth.shape or not np.any(w) or not s.telling(1):
         return
+    if abs(np.vdot(w / norm(w), s.truth)) > 0.999 * norm(s.truth):
+        return  # then it is no other than a factor
     for factor, name in ((1.0, ""), *factors):
         rest = s.truth - factor * s.candidate
         by = float(np.vdot(w, rest) / np.vdot(w, w))
@@ -309,11 +321,11 @@ def _gap(s: Suspect, mutated: np.ndarray, wrong: bool) -> float:
         return 0.0  # explained by itself
     if mutated.shape != s.candidate.shape or not np.all(np.isfinite(mutated)):
         return math.inf
-    distance = float(np.linalg.norm(s.candidate - mutated))
+    distance = norm(s.candidate - mutated)
     if wrong:
         assert s.truth is not None
-        larger = float(np.linalg.norm(mutated) / (np.linalg.norm(s.truth) or 1))
+        larger = float(norm(mutated) / (norm(s.truth) or 1))
         return distance / (s.limit * max(larger, 1)) if s.limit else math.inf
     f = s.leaf.figures
-    within = f.tolerance * float(np.linalg.norm(mutated)) if f else 0.0
+    within = f.tolerance * norm(mutated) if f else 0.0
     return distance / within if within else (0.0 if distance == 0 else math.inf)

@@ -148,6 +148,11 @@ class Edits:
                 lambda z, *_: graft(f(z), f(stop(z) + f(z) - stop(f(z)))),
             )
             yield f"the part that goes through {name} is missing", lambda z, *_: stop(f(z))
+            for words, slope in _AT_OUTPUT.items():
+                yield (
+                    f"f' is {words}, in the place of that of {name}",
+                    lambda z, *_, slope=slope: graft(f(z), stop(slope(f(z))) * z),
+                )
             for other, g in self._units.items():
                 if other != name:
                     words = f"f' is that of {other}, in the place of that of {name}"
@@ -291,6 +296,11 @@ def _sigmoid_slope(z: Array, delta: Array) -> Array:
     p = jax.nn.sigmoid(z)
     return delta * p * (1 - p)
 
+
+_AT_OUTPUT: dict[str, Callable[[Array], Array]] = {
+    "a (1 - a), the sigmoid's": lambda a: a * (1 - a),
+    "1 - a^2, the tanh's": lambda a: 1 - a * a,
+}
 
 _AGAIN = {
     "p (1 - p) of the softmax": _softmax_diagonal,

@@ -24,7 +24,7 @@ from jbackprop.check.inputs import (
 from jbackprop.check.judge import How, TruthKind
 from jbackprop.check.precision import as_given, coarsest, compiled, float64
 from jbackprop.check.programs import without_custom_rules
-from jbackprop.check.report import Report, composed, demand
+from jbackprop.check.report import Report, composed, demand, notes_of
 from jbackprop.factored import PyTree
 
 
@@ -67,7 +67,7 @@ def gradient(
         ValueError: fun is no scalar, or candidate has another structure than args[argnums].
         TypeError: no floating-point leaf to differentiate by, or complex ones.
     """
-    check_options(truth, directions)
+    check_options(truth, tolerance, directions, seed)
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     inputs = Inputs(fun, args, numbers, isinstance(argnums, int))
     check_scalar(fun, args)
@@ -76,6 +76,7 @@ def gradient(
     def scalar(active: list[Any], passive: list[Any]) -> Array:
         return jnp.asarray(inputs.call(fun, active, passive))
 
+    scalar = inputs.at_any_precision(scalar)
     how = How(truth, tolerance, directions, seed, exact)
     return judged(
         inputs, candidates, scalar, scalar, how, "gradient", name_of(fun), "jb.check.gradient"
@@ -114,7 +115,7 @@ def vjp(
     Raises:
         TypeError: no floating-point inputs or outputs, or complex ones.
     """
-    check_options(truth, directions)
+    check_options(truth, tolerance, directions, seed)
     numbers = all_of(primals) if argnums is None else argnums
     numbers = (numbers,) if isinstance(numbers, int) else tuple(numbers)
     inputs = Inputs(fun, primals, numbers, False)
@@ -140,14 +141,15 @@ def vjp(
         return value, back(u)[0], back([2 * v for v in u])[0], back([0 * v for v in u])[0]
 
     run, parts = compiled(rule), []
+    exact_outputs = inputs.at_any_precision(lambda a, p: outputs_of(inputs.call(fun, a, p)))
     for label, u in cotangents.items():
         with as_given(dtype):
             given = [jnp.asarray(v, w.dtype) for v, w in zip(u, plain, strict=True)]
             value, found, twice, none = run(inputs.active, inputs.passive, given)
             u = [float64(v) for v in given]  # as it was rounded
 
-        def contracted(active: list[Any], passive: list[Any], f: Any = fun, u: Any = u) -> Array:
-            return inner(u, outputs_of(inputs.call(f, active, passive)))
+        def contracted(active: list[Any], passive: list[Any], u: Any = u) -> Array:
+            return inner(u, exact_outputs(active, passive))
 
         def bare(active: list[Any], passive: list[Any], contracted: Any = contracted) -> Array:
             return without_custom_rules(contracted)(active, passive)
@@ -163,7 +165,7 @@ def vjp(
                     "twice the result: the rule is linear",
                 ),
             ]  # fmt: skip
-    return composed("jb.check.vjp", name_of(fun), parts)
+    return composed("jb.check.vjp", name_of(fun), parts, notes=notes_of(parts))
 
 
 def jvp(
@@ -196,7 +198,7 @@ def jvp(
     Raises:
         TypeError: no floating-point inputs or outputs, or complex ones.
     """
-    check_options(truth, directions)
+    check_options(truth, tolerance, directions, seed)
     numbers = all_of(primals) if argnums is None else argnums
     numbers = (numbers,) if isinstance(numbers, int) else tuple(numbers)
     inputs = Inputs(fun, primals, numbers, False)
@@ -220,6 +222,7 @@ def jvp(
         return jax.jvp(lambda a: f(a, passive), (list(active),), (v,))[1]
 
     parts, run = [], compiled(lambda a, p, v: rule(outputs, a, p, v))
+    exact_outputs = inputs.at_any_precision(outputs)
     for label, v in tangents.items():
         with as_given(dtype):
             given = [jnp.asarray(d, w.dtype) for d, w in zip(v, inputs.active, strict=True)]
@@ -228,17 +231,20 @@ def jvp(
 
         def bare(point: Any, v: Any = v) -> Any:
             active, passive = point
-            return rule(without_custom_rules(outputs), active, passive, v)
+            return rule(without_custom_rules(exact_outputs), active, passive, v)
 
         def weighed(x: list[Any], data: Any) -> Array:
             passive, weights = data
-            return inner(weights, outputs(x, passive))
+            return inner(weights, exact_outputs(x, passive))
 
         candidates = [np.asarray(f) for f in found]
         how, what = How(truth, tolerance, directions, seed, exact), f"tangent {label}".strip()
-        question = Question(inputs, names, candidates, bare, weighed, v, None, None, how, what)
+        tangent = [np.array(d) for d in v]  # copies: JAX keeps what it made of a constant's array
+        question = Question(
+            inputs, names, candidates, bare, weighed, tangent, None, None, how, what
+        )
         parts.append(question.report("", label))
-    return composed("jb.check.jvp", name_of(fun), parts)
+    return composed("jb.check.jvp", name_of(fun), parts, notes=notes_of(parts))
 
 
 def assert_gradient(fun: Callable[..., Any], *args: Any, **options: Any) -> None:

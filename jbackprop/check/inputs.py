@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jbackprop.check.precision import is_float
+from jbackprop.check.precision import as_jax, coarsest, is_float
+from jbackprop.check.programs import at_any_precision
 from jbackprop.factored import PyTree
 
 
@@ -25,9 +27,19 @@ class Inputs:
             if not -len(args) <= n < len(args):
                 raise ValueError(f"argnums {n}: {name_of(fun)} was given {len(args)} arguments")
         self.argnums, self.single = tuple(n % len(args) for n in argnums), single
+        if len(set(self.argnums)) < len(argnums):
+            raise ValueError(f"argnums {argnums}: each argument can be given once")
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
+            raise TypeError(
+                f"the check of {name_of(fun)} is called inside jit, vmap or grad, where its "
+                "arguments have no values: call it outside"
+            )
         self.labels = labels = _labels(fun, len(args))
         found, self._tree = jax.tree_util.tree_flatten_with_path(args)
-        self._leaves = [as_array(leaf) for _, leaf in found]
+        self._leaves: list[Any] = [
+            leaf if isinstance(leaf, float) and path[0].idx not in self.argnums else as_array(leaf)
+            for path, leaf in found
+        ]  # a Python number that is not differentiated may have to stay one
         self._paths = [path for path, _ in found]
         self._chosen, self._others = [], []
         for i, (path, leaf) in enumerate(zip(self._paths, self._leaves, strict=True)):
@@ -46,7 +58,8 @@ class Inputs:
         if not self.active:
             raise TypeError(
                 f"there is no floating-point array to differentiate {name_of(fun)} by in the "
-                f"arguments {', '.join(labels[n] for n in self.argnums)}"
+                f"arguments {', '.join(labels[n] for n in self.argnums)} (classes that hold arrays "
+                "must be registered as pytrees)"
             )
         self.dtypes = [v.dtype for v in (*self.active, *self.passive) if is_float(v)]
 
@@ -61,7 +74,11 @@ class Inputs:
         try:
             return jax.eval_shape(lambda a, p: self.call(fun, a, p), self.active, self.passive)
         except jax.errors.ConcretizationTypeError:
-            return self.call(fun, self.active, self.passive)
+            return self.call(fun, *as_jax((self.active, self.passive)))
+
+    def at_any_precision(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that computes in float64 what f(active, passive) does in the dtypes given."""
+        return at_any_precision(f, self.active, self.passive, coarsest(self.dtypes))
 
     def match(self, candidate: PyTree) -> list[np.ndarray]:
         """The candidate's arrays, one for each active leaf."""
@@ -73,12 +90,15 @@ class Inputs:
             )
         given = {}
         for number, part in zip(self.argnums, parts, strict=True):
+            own = [self._paths[i] for i in self._chosen if self._paths[i][0].idx == number]
+            if isinstance(part, list | float | int) and [len(path) for path in own] == [1]:
+                part = np.asarray(part, float)
             for path, leaf in jax.tree_util.tree_flatten_with_path(part)[0]:
-                given[(number, keys(path))] = leaf
+                given[(number, tuple(path))] = leaf
         found = []
         for i, name in zip(self._chosen, self.names, strict=True):
             path = self._paths[i]
-            leaf = given.pop((path[0].idx, keys(path[1:])), None)
+            leaf = given.pop((path[0].idx, tuple(path[1:])), None)
             if leaf is None:
                 raise ValueError(
                     f"candidate has no gradient for {name}: it must have the structure of the "
@@ -90,12 +110,12 @@ class Inputs:
                     raise TypeError(f"candidate for {name} has the dtype {array.dtype}")
                 raise TypeError(f"candidate for {name} must be floating-point, not {array.dtype}")
             found.append(array)
-        others = {(p[0].idx, keys(p[1:])) for p in self._paths}
+        others = {(p[0].idx, tuple(p[1:])) for p in self._paths}
         extra = [key for key in given if key not in others]
         if extra:
             raise ValueError(
                 f"candidate has gradients for what is not in the argument: "
-                f"{', '.join(key or 'the whole' for _, key in extra)}"
+                f"{', '.join(keys(path) or 'the whole' for _, path in extra)}"
             )
         return found
 
@@ -137,10 +157,12 @@ def name_of(fun: Callable[..., Any]) -> str:
 
 
 def all_of(primals: tuple[Any, ...]) -> tuple[int, ...]:
-    """The numbers of the arguments that have floating-point leaves."""
-    return tuple(
-        i for i, p in enumerate(primals) if any(is_float(as_array(v)) for v in jax.tree.leaves(p))
-    )
+    """The numbers of the arguments that have floating-point arrays; or numbers, if none has."""
+    for found in (is_float, lambda leaf: is_float(as_array(leaf))):
+        numbers = [i for i, p in enumerate(primals) if any(map(found, jax.tree.leaves(p)))]
+        if numbers:
+            return tuple(numbers)
+    return ()
 
 
 def outputs_of(out: Any) -> list[Any]:
@@ -169,8 +191,15 @@ def output_names(out: Any) -> list[str]:
     ]
 
 
-def check_options(truth: str, directions: int) -> None:
+def check_options(truth: str, tolerance: float | None, directions: int, seed: int) -> None:
     """Raise for options that mean nothing."""
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be a positive number, not {tolerance}")
+    for name, value in (("directions", directions), ("seed", seed)):
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, not {value!r}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, but is {seed}")
     if truth not in ("autodiff", "numerical", "both"):
         raise ValueError(f"truth must be 'autodiff', 'numerical' or 'both', not {truth!r}")
     if directions < 1:

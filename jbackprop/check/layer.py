@@ -63,7 +63,7 @@ def layer(
         TypeError: no layer.
         ValueError: neither x_shape nor x.
     """
-    check_options(truth, directions)
+    check_options(truth, tolerance, directions, seed)
     if not isinstance(layer, Node):
         raise TypeError(f"layer must be a layer or a composite of layers, not {layer!r}")
     if (x is None) == (x_shape is None):
@@ -134,6 +134,7 @@ class _Rule:
         def scalar(active: list[Any], passive: list[Any]) -> Array:
             return inner(u, jax.tree.leaves(inputs.call(fun, active, passive)))
 
+        scalar = inputs.at_any_precision(scalar)
         how = How(truth, tolerance, directions, seed)
         return judged(inputs, candidates, scalar, scalar, how, "alone")
 

@@ -19,6 +19,7 @@ from jax import Array
 
 from jbackprop.check import judge
 from jbackprop.check.diagnosis import Suspect, diagnose
+from jbackprop.check.inputs import check_options
 from jbackprop.check.judge import TruthKind
 from jbackprop.check.numbers import EXACT, by_numbers, confirm, warn_of
 from jbackprop.check.numerical import Slope, Slopes
@@ -62,15 +63,17 @@ def network(
         seed: of the directions.
 
     Returns:
-        A `Report`: for the loss, then for each layer from the output back, the "delta" (of every
-        example's own cost) and its parameters' "gradient" (of the summed cost) as the sweep has
-        them, and, with the true delta handed in, the "gradient alone" and "dC/dx alone" of its
+        A `Report`: for the loss its "value" and "delta" as `value_and_delta` has them, and the
+        "delta alone" as `delta` has it; then for each layer from the output back, the "delta" (of
+        every example's own cost) and its parameters' "gradient" (of the summed cost) as the sweep
+        has them, and, with the true delta handed in, the "gradient alone" and "dC/dx alone" of its
         rule. The first layer whose rule alone is wrong is named on top.
 
     Raises:
         ValueError: inputs, targets and parameters that do not fit; a layer that couples examples.
         TypeError: as `backprop`.
     """
+    check_options(truth, tolerance, directions, seed)
     check_call(net, loss, params, x, y)
     if net.couples_examples:
         raise ValueError(
@@ -136,7 +139,7 @@ class _Check:
         deltas = {path: part["delta"] for path, part in cast(true, self.dtype).items()}
         with as_given(self.dtype):
             together = _flat(_by_rule(self.net, self.loss, self.point))
-            alone = _flat(_by_each_rule(self.net, self.point, deltas))
+            alone = _flat(_by_each_rule(self.net, self.loss, self.point, deltas))
         verdicts = {key: self._leaf(key, key[1], c, truths[key]) for key, c in together.items()}
         rules = {
             key: self._leaf(key, f"{key[1]} alone", c, truths[key]) for key, c in alone.items()
@@ -144,7 +147,10 @@ class _Check:
         if self.truth != "autodiff":
             self._by_numbers(verdicts, rules, truths, together, alone)
         self._explain(verdicts, rules, together, alone, true)
-        parts = [composed("loss", repr(self.loss), [verdicts[("loss", "delta", "")]])]
+        own = [
+            leaf for found in (verdicts, rules) for key, leaf in found.items() if key[0] == "loss"
+        ]
+        parts = [composed("loss", repr(self.loss), own)]
         layers = list(walk(self.net))[::-1]
         for path, layer, _ in layers:
             own = [leaf for key, leaf in rules.items() if key[0] == path]
@@ -216,20 +222,20 @@ class _Check:
             return
         with as_given(self.dtype):
             entered, z = jax.jit(lambda params, x: _inputs(self.net, params, x))(params, x)
-        key = ("loss", "delta", "")
         sizes = {len(jax.tree.leaves(x)[0]): "the batch size"}
         for n, what in zip(np.shape(z)[:0:-1], ("outputs", "positions"), strict=False):
             sizes.setdefault(int(n), f"the number of {what}")
         sizes = {n: what for n, what in sizes.items() if n > 2}
-        blame = ""
-        if verdicts[key].verdict == "wrong":
-            blame = "the loss"
-            suspect = self._suspect(verdicts[key], together[key], true["loss"]["delta"], z)
-            verdicts[key], = diagnose(
-                [suspect], sizes,
-                lambda active, passive: jnp.sum(self.loss.value(active[0], passive[0])),
-                ([np.asarray(z)], [y]),
-            )  # fmt: skip
+        key, blame = ("loss", "delta", ""), ""
+        for found, candidates in ((verdicts, together), (rules, alone)):
+            if found[key].verdict == "wrong":
+                suspect = self._suspect(found[key], candidates[key], true["loss"]["delta"], z)
+                found[key], = diagnose(
+                    [suspect], sizes,
+                    lambda active, passive: jnp.sum(self.loss.value(active[0], passive[0])),
+                    ([np.asarray(z)], [y]),
+                )  # fmt: skip
+                blame = "the loss" if found is verdicts else blame
         layers = list(walk(self.net, params))
         for path, layer, own in reversed(layers):
             if blame:
@@ -304,7 +310,8 @@ def _by_autodiff(net: Node, loss: Loss, point: Any) -> dict[str, Any]:
 
     deltas = jax.vmap(deltas_of_one)((x, y))
     entered, z = _inputs(net, params, x)
-    found: dict[str, Any] = {"loss": {"delta": jax.grad(lambda z: jnp.sum(loss.value(z, y)))(z)}}
+    delta = jax.grad(lambda z: jnp.sum(loss.value(z, y)))(z)
+    found: dict[str, Any] = {"loss": {"delta": delta, "value": loss.value(z, y)}}
     for path, _, (own, _) in walk(net, jax.grad(cost)(both, x, y)):
         found[path] = {"delta": deltas[path], "gradient": own}
     for path, layer, own in walk(net, params):
@@ -325,15 +332,16 @@ def _by_rule(net: Node, loss: Loss, point: Any) -> dict[str, Any]:
 
     swept = sweep(taps, loss, both, x, y, collect)
     found = {path: part for path, _, part in walk(net, swept.collected)}
-    return found | {"loss": {"delta": loss.delta(swept.outputs, y)}}
+    value, delta = loss.value_and_delta(swept.outputs, y)  # which is what the sweep starts from
+    return found | {"loss": {"delta": delta, "value": value}}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _by_each_rule(net: Node, point: Any, deltas: dict[str, Any]) -> dict[str, Any]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _by_each_rule(net: Node, loss: Loss, point: Any, deltas: dict[str, Any]) -> dict[str, Any]:
     """Each layer by itself, with the true delta handed in."""
-    params, x, _ = point
-    entered, _ = _inputs(net, params, x)
-    found = {}
+    params, x, y = point
+    entered, z = _inputs(net, params, x)
+    found: dict[str, Any] = {"loss": {"delta": loss.delta(z, y)}}
     for path, layer, own in walk(net, params):
         x = entered[path]
         z, saved = forward(layer, own, x)
@@ -347,7 +355,10 @@ def _by_each_rule(net: Node, point: Any, deltas: dict[str, Any]) -> dict[str, An
 def _first(parts: list[Report]) -> str:
     """The first that is wrong, from the output back."""
     if parts[0].verdict == "wrong":
-        return f"The first that is wrong: the delta of the loss, {parts[0].kind}."
+        what = " and the ".join(
+            dict.fromkeys(l.kind.removesuffix(" alone") for l in parts[0].wrong)
+        )
+        return f"The first that is wrong: the {what} of the loss, {parts[0].kind}."
     for part in parts[1:]:
         if any(leaf.kind.endswith("alone") for leaf in part.wrong):
             return f"The first rule that is wrong, from the output back: {part.path}, {part.kind}."

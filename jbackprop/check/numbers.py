@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from jbackprop.check.judge import CANCELS, Truth, TruthWarning, index_of, measure
+from jbackprop.check.judge import Truth, TruthWarning, index_of, measure
 from jbackprop.check.numerical import Slope
-from jbackprop.check.precision import float64, ulps
+from jbackprop.check.precision import float64, norm, ulps
 from jbackprop.check.report import Figures, Report
 
 EXACT = 256
@@ -25,9 +26,7 @@ def confirm(
     truth: Truth, probe: Callable[[np.ndarray], Slope], directions: int, rng: Any, dtype: Any
 ) -> tuple[Literal["agree", "disagree", "unknown"], str]:
     """Whether numerical slopes along random directions are those of the autodiff truth."""
-    _, tolerance = truth.tolerance(dtype)
-    norm = float(np.linalg.norm(truth.value))
-    size = max(norm, truth.cancels if truth.cancels > CANCELS * norm else 0.0)
+    tolerance, size = truth.tolerance(dtype), truth.size
     worst = 0.0
     for _ in range(directions):
         d = rng.standard_normal(truth.value.shape)
@@ -52,8 +51,16 @@ def by_numbers(
     """The verdict on one array where only slopes are known; with the truth, if it is small."""
     c = float64(candidate)
     if not np.all(np.isfinite(c)):
-        at = index_of(~np.isfinite(c))
-        return Report(path, kind, own="wrong", why=f"{c[at]} at {list(at)}"), None
+        at, one = index_of(~np.isfinite(c)), np.zeros(c.shape)
+        one[at] = 1.0
+        slope = probe(one)
+        if not slope.error <= UNCONFIRMED * max(abs(slope.low), abs(slope.high)):
+            why = f"{c[at]} at {list(at)}, where numbers do not know the truth either"
+            return Report(path, kind, own="inconclusive", why=why), None
+        due = f"from {slope.low:.6g} to {slope.high:.6g}" if slope.kinked else f"{slope.value:.6g}"
+        figures = Figures(math.inf, limit, index=at, candidate=float(c[at]), truth=slope.value)
+        why = f"{c[at]} at {list(at)}, where the truth is {due}"
+        return Report(path, kind, own="wrong", why=why, figures=figures), None
     if exact:
         slopes = [probe(one) for one in _units(c.shape)]
         value, low, high, error = (
@@ -62,13 +69,13 @@ def by_numbers(
         )
         at_kink = high > low
         distance = np.maximum(np.maximum(low - c, c - high) - np.where(at_kink, error, 0), 0)
-        blur = float(np.linalg.norm(np.where(at_kink, 0, error)))
-        scale, kinks = float(np.linalg.norm(value)), int(np.sum(at_kink))
+        blur = norm(np.where(at_kink, 0, error))
+        scale, kinks = norm(value), int(np.sum(at_kink))
         figures = measure(c, value, distance, scale, limit, dtype, kinks)
         gap, loss = figures.error, blur / scale if scale else 0.0
         known: np.ndarray | None = value
         if scale == 0 or not math.isfinite(scale):
-            gap, loss = float(np.linalg.norm(c)), blur
+            gap, loss = norm(c), blur
             if gap <= loss or not math.isfinite(scale):
                 why = "nothing but zeros to compare" if scale == 0 else "the truth is not finite"
                 return Report(path, kind, own="inconclusive", why=why, figures=figures), None
@@ -81,7 +88,8 @@ def by_numbers(
         scale = _rms([s.value for s in slopes])
         loss = _rms([s.error for s in slopes]) / scale if scale else math.inf
         gap, slack, known = _rms(gaps) / scale if scale else math.inf, loss, None
-        ratio = float(np.linalg.norm(c)) / scale if scale else math.nan
+        along = _rms([float(np.vdot(c, d)) for d in drawn])
+        ratio = along / scale if scale else math.nan
         figures, note = Figures(gap, limit, ratio=ratio), ""
         if scale == 0 and not np.any(c):
             why = "nothing but zeros to compare"
@@ -153,5 +161,8 @@ def warn_of(path: str, told: str) -> str:
         "stop_gradient and no custom rule, so they are taken for the truth; if one of these is "
         "meant, use truth='autodiff'"
     )
-    warnings.warn(words, TruthWarning, stacklevel=4)
+    frame, level = sys._getframe(1), 2  # whose call it was: the first frame that is not ours
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("jbackprop."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(words, TruthWarning, stacklevel=level)
     return words

@@ -15,6 +15,8 @@ Software 4 (1982), section 2.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jbackprop.check.precision import coarsest_within, compiled, exactly, subprograms
+from jbackprop.check.precision import coarsest_within, compiled, exactly, norm, subprograms
 
 FIRST, FACTOR, LEVELS, ORDERS = 0.1, 2.5, 16, 4
 """The first step, relative to the point; by how much steps shrink; how many; extrapolations."""
@@ -95,6 +97,8 @@ class Slopes:
         steps = np.concatenate([h, -h, [0.0]])
         with exactly():
             values = np.asarray(self._along(self.point, direction, data, steps))
+        if not np.isfinite(values[-1]):
+            return Slope(math.nan, math.inf, math.nan, math.nan, "none: the function is not finite")
         slope = ridders(h, values[:LEVELS], values[LEVELS:-1], float(values[-1]), self._eps)
         slope = slope._replace(floor=4 * self._eps * abs(float(values[-1])) / unit)
         if not self._analytic or slope.kinked:
@@ -110,7 +114,7 @@ class Slopes:
 def size(array: np.ndarray, zero: float = 1.0) -> float:
     """The root mean square of the entries that are not zero; `zero` if all are."""
     entries = array[array != 0]
-    return float(np.sqrt(np.mean(np.square(entries)))) if entries.size else zero
+    return norm(entries) / math.sqrt(entries.size) if entries.size else zero
 
 
 def ridders(
@@ -139,7 +143,8 @@ def ridders(
             column = finer
         bend = (plus - 2 * middle + minus) / h  # at a kink, the jump of the slope; else O(h)
         clear = 20 * noise
-        known = np.flatnonzero(np.isfinite(bend) & (clear < 0.05 * np.nanmax(np.abs(bend))))
+        most = np.max(np.abs(bend), initial=0.0, where=np.isfinite(bend))
+        known = np.flatnonzero(np.isfinite(bend) & (clear < 0.05 * most))
         if len(known) > 4:
             last = bend[known[-5:]]  # a smooth bend shrinks with h, noise grows: a kink stays
             if np.ptp(last) < 0.2 * abs(last[-1]) and abs(last[-1]) > 2 * clear[known[-1]]:
@@ -169,7 +174,9 @@ def _is_analytic(f: Callable[..., Array], point: list[np.ndarray], data: Any) ->
     """Whether f, at complex numbers, is made of analytic operations only."""
     try:
         moved = [jax.ShapeDtypeStruct(p.shape, "complex128") for p in point]
-        closed = jax.make_jaxpr(f)(moved, data)
+        with warnings.catch_warnings():  # of casts from complex to real
+            warnings.simplefilter("ignore")
+            closed = jax.make_jaxpr(f)(moved, data)
     except Exception:  # whatever f may raise when it does not take complex numbers
         return False
     complex_out = jnp.issubdtype(closed.out_avals[0].dtype, jnp.complexfloating)
@@ -182,7 +189,8 @@ def _eps_of(f: Callable[..., Array], point: list[np.ndarray], data: Any) -> floa
         closed = jax.make_jaxpr(f)(point, data)
     except jax.errors.ConcretizationTypeError:
         return _EPS
-    return float(jnp.finfo(coarsest_within(closed.jaxpr)).eps)
+    moving = [i < len(point) for i in range(len(closed.jaxpr.invars))]
+    return float(jnp.finfo(coarsest_within(closed.jaxpr, moving)).eps)
 
 
 def _all_analytic(jaxpr: Any) -> bool:

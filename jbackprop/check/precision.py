@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +28,19 @@ def x64() -> Iterator[None]:
 @contextlib.contextmanager
 def exactly() -> Iterator[None]:
     """Where truth is computed: float64, and constants in other dtypes may be promoted to it."""
-    with x64(), jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision("highest"):
+    with as_given(jnp.float64):
         yield
 
 
 @contextlib.contextmanager
 def as_given(dtype: Any) -> Iterator[None]:
     """Where something is computed in its own dtype; no matmul in less (TF32) than it says."""
-    wide = x64() if dtype == jnp.float64 else contextlib.nullcontext()
-    with wide, jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision("highest"):
+    with contextlib.ExitStack() as stack:
+        if dtype == jnp.float64:
+            stack.enter_context(x64())
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        stack.enter_context(jax.default_matmul_precision("highest"))
+        stack.enter_context(jax.debug_nans(False))  # near an edge a probe may well meet one
         yield
 
 
@@ -49,9 +53,19 @@ def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
             return fast(*args)
         except jax.errors.ConcretizationTypeError:
             with jax.disable_jit():  # lax.map and the like as Python loops, too
-                return f(*args)
+                return f(*as_jax(args))
 
     return call
+
+
+def as_jax(tree: PyTree) -> PyTree:
+    """NumPy's arrays as JAX's: what a function is given that is not traced."""
+    return jax.tree.map(lambda v: jnp.asarray(v) if isinstance(v, np.ndarray) else v, tree)
+
+
+def is_floating(value: Any) -> bool:
+    """Whether a value, traced or not, is of a floating-point dtype."""
+    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
 
 
 def is_float(leaf: Any) -> bool:
@@ -77,14 +91,31 @@ def coarsest(dtypes: list[Any]) -> Any:
     return max(map(jnp.dtype, dtypes), key=lambda dtype: float(jnp.finfo(dtype).eps))
 
 
-def coarsest_within(jaxpr: Any) -> Any:
-    """The coarsest floating-point dtype that a program computes anything in; float64 at best."""
+def coarsest_within(jaxpr: Any, moving: Sequence[bool]) -> Any:
+    """The coarsest floating-point dtype that a program computes in, from the inputs that move.
+
+    Float64 at best.
+    """
     found = [jnp.dtype("float64")]
+    depends = {v for v, moves in zip(jaxpr.invars, moving, strict=True) if moves}
     for eqn in jaxpr.eqns:
+        flags = [not hasattr(v, "val") and v in depends for v in eqn.invars]
+        if not any(flags):
+            continue
+        depends.update(eqn.outvars)
         dtypes = (getattr(v.aval, "dtype", None) for v in eqn.outvars)
         found += [d for d in dtypes if d is not None and jnp.issubdtype(d, jnp.floating)]
-        found += map(coarsest_within, subprograms(eqn))
+        for inner in subprograms(eqn):
+            n = len(inner.invars)
+            found.append(coarsest_within(inner, flags if len(flags) == n else [True] * n))
     return coarsest(found)
+
+
+def norm(array: Any) -> float:
+    """The norm of all entries, however large or small they are."""
+    v = np.abs(np.asarray(array, np.float64))
+    most = float(np.max(v, initial=0.0))
+    return most * float(np.linalg.norm(v / most)) if 0 < most < math.inf else most
 
 
 def roundoff(dtype: Any) -> float:
@@ -112,63 +143,94 @@ _MOVES = frozenset({
 })  # fmt: skip
 
 
-def rounding(fun: Callable[..., Any], *args: Any) -> list[tuple[int, int]]:
-    """For each output of fun the longest chains that lead to it: (roundings, terms summed).
+class Chain(NamedTuple):
+    """What leads to an array: operations that round one after the other, terms summed, dtype.
+
+    The dtype is the coarsest that any of the operations computes in.
+    """
+
+    rounds: int
+    terms: int
+    dtype: Any
+
+
+def rounding(fun: Callable[..., Any], *args: Any) -> list[Chain]:
+    """For each output of fun the longest chains that lead to it.
 
     Args:
         fun: traced, not run.
         args: arrays, or shapes.
 
     Returns:
-        The number of operations that round one after the other, and the sum of the lengths of the
-        reductions among them.
+        The number of operations that round one after the other, the sum of the lengths of the
+        reductions among them, and the coarsest dtype that they compute in.
     """
     closed = jax.make_jaxpr(fun)(*args)
-    return _chains(closed.jaxpr, [(0, 0)] * len(closed.jaxpr.invars))
+    ends = _chains(closed.jaxpr, [(0, 0, 0.0)] * len(closed.jaxpr.invars))
+    return [
+        Chain(rounds, terms, coarsest([v.aval.dtype, *(d for d in _DTYPES if roundoff(d) == unit)]))
+        for v, (rounds, terms, unit) in zip(closed.jaxpr.outvars, ends, strict=True)
+    ]
 
 
-def allowed(chain: tuple[int, int], dtype: Any) -> float:
+def allowed(chain: Chain, dtype: Any) -> float:
     """The relative error that so much rounding may leave: random in sign, so that roots add.
 
     8 u sqrt(roundings) + u' sqrt(terms), where u' is of float32 at least, in which sums are kept.
     An elementary function may be off by several units in float32 and float64, hence the 8; in
     half precision it is rounded from float32, and 1 is enough.
     """
-    rounds, terms = chain
+    rounds, terms, dtype = chain.rounds, chain.terms, coarsest([dtype, chain.dtype])
     units = 8 if roundoff(dtype) <= roundoff("float32") else 1
     found = units * roundoff(dtype) * math.sqrt(rounds + 1)
     found += roundoff(wide_dtype(jnp.dtype(dtype))) * math.sqrt(terms)
     return max(found, FLOOR64)
 
 
-def _chains(jaxpr: Any, given: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    at: dict[Any, tuple[int, int]] = dict(zip(jaxpr.invars, given, strict=True))
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+_End = tuple[Any, ...]  # rounds, terms, unit roundoff
 
-    def of(v: Any) -> tuple[int, int]:
-        return (0, 0) if hasattr(v, "val") else at.get(v, (0, 0))
+
+def _chains(jaxpr: Any, given: list[_End]) -> list[_End]:
+    at: dict[Any, _End] = dict(zip(jaxpr.invars, given, strict=True))
+
+    def of(v: Any) -> _End:
+        return (0, 0, 0.0) if hasattr(v, "val") else at.get(v, (0, 0, 0.0))
 
     for eqn in jaxpr.eqns:
         before = [of(v) for v in eqn.invars]
-        rounds, terms = (max((b[i] for b in before), default=0) for i in (0, 1))
+        rounds, terms, unit = (max((b[i] for b in before), default=0) for i in range(3))
         inner = subprograms(eqn)
         if inner:
             start = (
                 before if len(inner[0].invars) == len(before) else
-                [(rounds, terms)] * len(inner[0].invars)
+                [(rounds, terms, unit)] * len(inner[0].invars)
             )  # fmt: skip
-            ends = _chains(inner[0], start) or [(rounds, terms)]
+            ends = _chains(inner[0], start) or [(rounds, terms, unit)]
             times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-            most = tuple(max(end[i] for end in ends) for i in (0, 1))
+            most = [max(end[i] for end in ends) for i in range(3)]
             whole = (
-                rounds + times * max(most[0] - rounds, 0), terms + times * max(most[1] - terms, 0)
+                rounds + times * max(most[0] - rounds, 0), terms + times * max(most[1] - terms, 0),
+                most[2],
             )  # fmt: skip
             same = times == 1 and len(ends) == len(eqn.outvars)
             after = ends if same else [whole] * len(eqn.outvars)
         else:
-            step = 0 if eqn.primitive.name in _MOVES else 1
-            after = [(rounds + step, terms + _summed(eqn))] * len(eqn.outvars)
+            own, step = _unit(eqn), int(eqn.primitive.name not in _MOVES)
+            after = [(rounds + step, terms + _summed(eqn), max(unit, own))] * len(eqn.outvars)
         at |= dict(zip(eqn.outvars, after, strict=True))
     return [of(v) for v in jaxpr.outvars]
+
+
+def _unit(eqn: Any) -> float:
+    """The unit roundoff of what an operation computes in; 0 if it only moves numbers."""
+    units = [
+        max((roundoff(v.aval.dtype) for v in found if is_floating(v.aval)), default=0.0)
+        for found in (eqn.outvars, eqn.invars)
+    ]
+    if eqn.primitive.name == "convert_element_type":
+        return units[0] if units[0] > units[1] > 0 else 0.0
+    return 0.0 if eqn.primitive.name in _MOVES else units[0]
 
 
 def subprograms(eqn: Any) -> list[Any]:

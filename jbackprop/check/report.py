@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
@@ -142,22 +143,29 @@ class Report:
         counts = ", ".join(f"{n} {v}" for v, n in counted.items() if n) or "nothing to compare"
         head = " ".join(filter(None, (self.path, self.kind)))
         lines = [f"{head}: {self.verdict.upper() if not self.ok else 'right'} ({counts})"]
-        lines += [self.why] * bool(self.why)
+        lines += _wrapped(self.why) if self.why else []
         columns = (
             "what", "", "verdict", ">relative error", ">allowed", ">cosine", ">ratio",
             "worst entry", ">ulps",
         )  # fmt: skip
         lines += ["", render(columns, map(_row, leaves))] if leaves else []
         told = [leaf for leaf in leaves if leaf.why or leaf.diagnosis]
-        lines += [""] * bool(told) + [line for leaf in told for line in _told(leaf)]
+        lines += [""] * bool(told)
+        lines += [line for leaf in told for words in _told(leaf) for line in _wrapped(words)]
         notes = [note for report in self._all() for note in report.notes]
-        lines += [""] * bool(notes) + list(dict.fromkeys(notes))
+        lines += [""] * bool(notes)
+        lines += [line for note in dict.fromkeys(notes) for line in _wrapped(note)]
         return "\n".join(lines)
 
     def _all(self) -> Iterator[Report]:
         yield self
         for part in self.parts:
             yield from part._all()
+
+
+def notes_of(parts: Iterable[Report]) -> list[str]:
+    """The notes of some parts, each once."""
+    return list(dict.fromkeys(note for part in parts for note in part.notes))
 
 
 def composed(
@@ -173,13 +181,17 @@ def demand(report: Report) -> None:
         raise AssertionError(f"\n{report}")
 
 
+def _wrapped(words: str) -> list[str]:
+    return textwrap.wrap(words, 100, subsequent_indent="  ", break_long_words=False)
+
+
 def _row(leaf: Report) -> tuple[str, ...]:
     shown = leaf.verdict if leaf.ok else leaf.verdict.upper()
     f = leaf.figures
     if f is None:
         return (leaf.path, leaf.kind, shown, "", "", "", "", "", "")
     entry = ""
-    if f.index is not None and f.error > 0:
+    if f.index is not None and not f.error <= 0:
         entry = f"{list(f.index) if f.index else ''} {f.candidate:.6g} for {f.truth:.6g}".strip()
     return (
         leaf.path, leaf.kind, shown, f"{f.error:.1e}", f"{f.tolerance:.1e}",
