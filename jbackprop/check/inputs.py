@@ -153,7 +153,8 @@ def keys(path: Any) -> str:
 def name_of(fun: Callable[..., Any]) -> str:
     """What a function is called."""
     inner = getattr(fun, "func", fun)  # of a partial
-    return str(getattr(inner, "__qualname__", getattr(inner, "__name__", type(inner).__name__)))
+    name = getattr(inner, "__qualname__", getattr(inner, "__name__", type(inner).__name__))
+    return str(name).rpartition("<locals>.")[2]
 
 
 def all_of(primals: tuple[Any, ...]) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ from jbackprop.check.precision import coarsest_within, compiled, exactly, norm, 
 FIRST, FACTOR, LEVELS, ORDERS = 0.1, 2.5, 16, 4
 """The first step, relative to the point; by how much steps shrink; how many; extrapolations."""
 
-_EPS = float(np.finfo(np.float64).eps)
+_EPS, _TINY = float(np.finfo(np.float64).eps), float(np.finfo(np.float64).tiny)
 _COMPLEX_STEP = 1e-30
 _SAFE = 2.0  # an error estimate is an estimate
 
@@ -38,8 +38,8 @@ _SAFE = 2.0  # an error estimate is an estimate
 class Slope(NamedTuple):
     """A directional derivative, known to within `error`; at a kink, the slopes on both sides.
 
-    Below `floor` a slope is nothing: the function would not change by a unit in its last place if
-    its arguments were doubled.
+    Below `floor` a slope is nothing: the function would not change by a unit in its last place, or
+    by less than can be represented, if its arguments were doubled.
     """
 
     value: float
@@ -100,7 +100,8 @@ class Slopes:
         if not np.isfinite(values[-1]):
             return Slope(math.nan, math.inf, math.nan, math.nan, "none: the function is not finite")
         slope = ridders(h, values[:LEVELS], values[LEVELS:-1], float(values[-1]), self._eps)
-        slope = slope._replace(floor=4 * self._eps * abs(float(values[-1])) / unit)
+        least = max(self._eps * abs(float(values[-1])), _TINY)
+        slope = slope._replace(floor=4 * least / unit)
         if not self._analytic or slope.kinked:
             return slope
         with exactly():

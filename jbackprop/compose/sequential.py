@@ -41,7 +41,7 @@ class Sequential(Composite):
                 )
 
     def __repr__(self) -> str:
-        return f"Sequential({', '.join(map(repr, self.layers))})"
+        return f"{type(self).__name__}({', '.join(map(repr, self.layers))})"
 
     def with_children(self, layers: Any) -> Sequential:
         new = object.__new__(type(self))  # a subclass stays one, whatever its __init__ takes

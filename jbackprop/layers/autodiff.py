@@ -37,7 +37,7 @@ class Autodiff(Layer):
     takes_transport: ClassVar[bool] = False
 
     def __repr__(self) -> str:
-        return f"Autodiff({getattr(self.apply, '__name__', self.apply)})"
+        return f"{type(self).__name__}({getattr(self.apply, '__name__', self.apply)})"
 
     def init(self, key: Array) -> PyTree:
         return self.init_params(key)

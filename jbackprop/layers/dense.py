@@ -77,7 +77,7 @@ class Dense(Layer):
                 raise ValueError(f"Dense({self.p}, {self.q}): {name} must be an int of at least 1")
 
     def __repr__(self) -> str:
-        return f"Dense({self.p}, {self.q}{'' if self.bias else ', bias=False'})"
+        return f"{type(self).__name__}({self.p}, {self.q}{'' if self.bias else ', bias=False'})"
 
     def init(self, key: Array) -> PyTree:
         key_w, key_b = jax.random.split(key)

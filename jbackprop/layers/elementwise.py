@@ -85,7 +85,7 @@ class Activation(Elementwise):
 
     def __repr__(self) -> str:
         names = (getattr(g, "__name__", repr(g)) for g in (self.f, self.derivative))
-        return f"Activation({', '.join(names)})"
+        return f"{type(self).__name__}({', '.join(names)})"
 
     def activate(self, z: Array) -> Array:
         return self.f(z)

@@ -70,7 +70,7 @@ class SoftmaxCrossEntropy(Canonical):
     def __repr__(self) -> str:
         options = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
         shown = (f"{f.name}={getattr(self, f.name)}" for f in options)
-        return f"SoftmaxCrossEntropy({', '.join(shown)})"
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def cost(self, z: Array, y: _Targets) -> Array:
         log_p = jax.nn.log_softmax(z, axis=-1)
