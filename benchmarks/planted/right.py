@@ -50,7 +50,8 @@ def of_library(
 def of_network(net: Any, loss: jb.Loss, *lead: int, dtype: str = "float32") -> Right:
     """A network of this library."""
     args = cast_network(rules.batch(net, loss, *lead), dtype)
-    return Right("network", f"{len(net.layers)} layers, {loss}", net, args, None, "network", dtype)
+    name = f"{len(net.layers)} layers, {loss}" + ", positions" * (len(lead) > 1)
+    return Right("network", name, net, args, None, "network", dtype)
 
 
 # Trees, control flow and primitives.
