@@ -259,7 +259,7 @@ def test_a_factor_is_no_regularisation():
 
 
 def test_chance_explains_nothing():
-    for seed in range(15):
+    for seed in range(8):
         rng = np.random.default_rng(seed)
         x, c = (jnp.asarray(rng.standard_normal(2), jnp.bfloat16) for _ in range(2))
         assert diagnosis(lambda w: jnp.sum(jnp.sin(w)), x, c) == "", seed

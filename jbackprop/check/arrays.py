@@ -15,7 +15,7 @@ from jbackprop.check import judge
 from jbackprop.check.diagnosis import Suspect, diagnose
 from jbackprop.check.inputs import Inputs, keys
 from jbackprop.check.judge import How
-from jbackprop.check.numbers import EXACT, by_numbers, confirm, warn_of
+from jbackprop.check.numbers import EXACT, by_numbers, confirm, confirm_together, warn_of
 from jbackprop.check.numerical import Slope, Slopes
 from jbackprop.check.precision import (
     Chain,
@@ -108,6 +108,11 @@ class Question:
 
     def report(self, path: str, kind: str) -> Report:
         known = self.known()
+        self.confirmed: set[int] = set()
+        if known and self.how.truth == "both" and self.shaped(known):
+            self.confirmed = confirm_together(
+                known, self.slope_of_all, self.how.directions, self.rng, self.dtypes
+            )
         answers = [self.answer(i, known[i] if known else None) for i in range(len(self.names))]
         leaves = [leaf for leaf, _ in answers]
         if any(leaf.verdict == "wrong" for leaf in leaves):
@@ -167,6 +172,8 @@ class Question:
             return leaf, truth.value
         if not np.all(np.isfinite(truth.value)):
             return self.by_numbers(i, truth)
+        if i in self.confirmed:
+            return leaf, truth.value
         verdict, told = confirm(
             truth, lambda d: self.slope(i, d), self.how.directions, self.rng, dtype
         )
@@ -260,29 +267,39 @@ class Question:
     @functools.cached_property
     def slopes(self) -> Slopes:
         wide = [float64(v) for v in self.inputs.active]
-        return Slopes(self.weighed, wide, self.data(None, None))
+        return Slopes(
+            self.weighed, wide, self.data([np.zeros(np.shape(c)) for c in self.candidates])
+        )
 
-    def data(self, i: int | None, d: np.ndarray | None) -> Any:
+    def data(self, weights: list[np.ndarray]) -> Any:
         passive = cast(self.inputs.passive, "float64")
-        if self.tangent is None:
-            return passive, ()
-        return passive, [
-            d if j == i else np.zeros(np.shape(c)) for j, c in enumerate(self.candidates)
-        ]
+        return passive, () if self.tangent is None else weights
+
+    def only(self, i: int, d: np.ndarray) -> list[np.ndarray]:
+        """d for the i-th array, zeros for the others."""
+        return [d if j == i else np.zeros(np.shape(c)) for j, c in enumerate(self.candidates)]
 
     def slope(self, i: int, d: np.ndarray) -> Slope:
         """The inner product of the i-th true array with d, by numbers."""
-        along = self.tangent
-        if along is None:
-            along = [d if j == i else np.zeros_like(p) for j, p in enumerate(self.slopes.point)]
-        return self.slopes.along(along, self.data(i, d))
+        return self.slope_of_all(self.only(i, d))
+
+    def slope_of_all(self, directions: list[np.ndarray]) -> Slope:
+        """The sum over all true arrays of their inner products with these, by numbers."""
+        along = directions if self.tangent is None else self.tangent
+        return self.slopes.along(along, self.data(directions))
+
+    def shaped(self, known: Sequence[judge.Truth]) -> bool:
+        """Whether all candidates have the shape of the truth."""
+        return all(
+            np.shape(c) == t.value.shape for c, t in zip(self.candidates, known, strict=True)
+        )
 
     def enters(self, i: int) -> bool:
         """Whether the function depends on the i-th active array at all."""
         moving, fun = [i], self.scalar
         if self.tangent is not None:
             moving = [j for j, v in enumerate(self.tangent) if np.any(v)]
-            _, weights = self.data(i, np.ones(np.shape(self.candidates[i])))
+            weights = self.only(i, np.ones(np.shape(self.candidates[i])))
 
             def fun(active: list[Any], passive: list[Any]) -> Array:
                 return self.weighed(active, (passive, weights))

@@ -21,7 +21,7 @@ from jbackprop.check import judge
 from jbackprop.check.diagnosis import Suspect, diagnose
 from jbackprop.check.inputs import check_options
 from jbackprop.check.judge import TruthKind
-from jbackprop.check.numbers import EXACT, by_numbers, confirm, warn_of
+from jbackprop.check.numbers import EXACT, by_numbers, confirm, confirm_together, warn_of
 from jbackprop.check.numerical import Slope, Slopes
 from jbackprop.check.precision import as_given, cast, exactly, float64, is_float
 from jbackprop.check.report import Report, composed, demand
@@ -192,7 +192,16 @@ class _Check:
         wide = [float64(leaf) for leaf in leaves]
         data = cast((x, y), "float64")
         slopes = Slopes(cost, wide, data)
+        confirmed: set[int] = set()
+        if self.truth == "both":
+            own = {i: truths[key] for key, i in where.items()}
+            confirmed = confirm_together(
+                [own[i] for i in range(len(leaves))], lambda d: slopes.along(d, data),
+                self.directions, rng, [self.dtype] * len(leaves),
+            )  # fmt: skip
         for key, i in where.items():
+            if i in confirmed:
+                continue
 
             def probe(d: np.ndarray, i: int = i) -> Slope:
                 along = [d if j == i else np.zeros_like(w) for j, w in enumerate(wide)]

@@ -44,6 +44,38 @@ def confirm(
     return "agree", f"{worst:.0e}"
 
 
+def confirm_together(
+    truths: Sequence[Truth],
+    probe: Callable[[list[np.ndarray]], Slope],
+    directions: int,
+    rng: Any,
+    dtypes: Sequence[Any],
+) -> set[int]:
+    """Which truths numerical slopes along directions in all of them together confirm.
+
+    Every array has an equal part in a direction. All that can be asked together, or none: then
+    they have to be confirmed one by one.
+    """
+    asked = {
+        i for i, t in enumerate(truths)
+        if t.value.size and t.norm and not t.vanishes and np.all(np.isfinite(t.value))
+    }  # fmt: skip
+    if len(asked) < 2:
+        return set()
+    tolerance = min(truths[i].tolerance(dtypes[i]) for i in asked)
+    for _ in range(directions):
+        drawn = [
+            rng.standard_normal(t.value.shape) / t.norm if i in asked else np.zeros(t.value.shape)
+            for i, t in enumerate(truths)
+        ]
+        slope = probe(drawn)
+        mine = sum(float(np.vdot(t.value, d)) for t, d in zip(truths, drawn, strict=True))
+        gap = abs(slope.value - mine) - slope.error - slope.floor
+        if slope.kinked or not slope.error <= UNCONFIRMED or gap > 5 * max(tolerance, 1e-9):
+            return set()
+    return asked
+
+
 def by_numbers(
     path: str, kind: str, candidate: Any, probe: Callable[[np.ndarray], Slope], dtype: Any,
     limit: float, directions: int, rng: Any, exact: bool,
