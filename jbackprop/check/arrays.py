@@ -267,9 +267,7 @@ class Question:
     @functools.cached_property
     def slopes(self) -> Slopes:
         wide = [float64(v) for v in self.inputs.active]
-        return Slopes(
-            self.weighed, wide, self.data([np.zeros(np.shape(c)) for c in self.candidates])
-        )
+        return Slopes(self.weighed, wide, self.data(self.only(-1, np.zeros(()))))
 
     def data(self, weights: list[np.ndarray]) -> Any:
         passive = cast(self.inputs.passive, "float64")
@@ -277,7 +275,8 @@ class Question:
 
     def only(self, i: int, d: np.ndarray) -> list[np.ndarray]:
         """d for the i-th array, zeros for the others."""
-        return [d if j == i else np.zeros(np.shape(c)) for j, c in enumerate(self.candidates)]
+        due = self.candidates if self.tangent is not None else self.inputs.active
+        return [d if j == i else np.zeros(np.shape(v)) for j, v in enumerate(due)]
 
     def slope(self, i: int, d: np.ndarray) -> Slope:
         """The inner product of the i-th true array with d, by numbers."""
@@ -299,7 +298,7 @@ class Question:
         moving, fun = [i], self.scalar
         if self.tangent is not None:
             moving = [j for j, v in enumerate(self.tangent) if np.any(v)]
-            weights = self.only(i, np.ones(np.shape(self.candidates[i])))
+            _, weights = self.data(self.only(i, np.ones(np.shape(self.candidates[i]))))
 
             def fun(active: list[Any], passive: list[Any]) -> Array:
                 return self.weighed(active, (passive, weights))
