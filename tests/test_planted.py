@@ -39,7 +39,7 @@ def test_a_planted_error_is_found_and_diagnosed_as_before(entry, results):
     assert checker.diagnosed(entry, found) >= before["diagnosed"], f"\n{found}"
 
 
-@pytest.mark.parametrize("entry", sample(RIGHT), ids=lambda entry: entry.id)
+@pytest.mark.parametrize("entry", sample(NOT_BY_JAX), ids=lambda entry: entry.id)
 def test_a_right_gradient_is_not_called_wrong(entry):
     found = checker.report(entry)
     allowed = ("right", "inconclusive") if entry.inconclusive else ("right",)
@@ -86,7 +86,7 @@ def test_the_catalogue_is_large_and_varied():
     assert {entry.kind for entry in PLANTED} == {k for ks in checker.GROUPS.values() for k in ks}
 
 
-@pytest.mark.parametrize("entry", [*PLANTED[::50], *RIGHT[::70]], ids=lambda entry: entry.id)
+@pytest.mark.parametrize("entry", [*PLANTED[::100], *RIGHT[::120]], ids=lambda entry: entry.id)
 def test_the_catalogue_tells_the_truth(entry):
     """By finite differences in float64; `benchmarks/checker.py --prove` tries all of it."""
     assert is_proved(entry), departure(entry)
