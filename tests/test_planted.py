@@ -29,6 +29,7 @@ def sample(entries):
 
 
 TIES = [entry for entry in PLANTED if "ties" in entry.id]
+NOT_BY_JAX = [entry for entry in RIGHT if not entry.kind.startswith("jax.grad")]
 
 
 @pytest.mark.parametrize("entry", sample(PLANTED) + TIES, ids=lambda entry: entry.id)
