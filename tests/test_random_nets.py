@@ -79,7 +79,12 @@ def test_float64(problem):
 @settings(max_examples=12, **SETTINGS)
 def test_low_precision(problem, dtype):
     verdict = jb.check.network(*problem.build(), dtype)
-    assert verdict.ok, f"{problem}\n{verdict}"
+    assert not verdict.wrong, f"{problem}\n{verdict}"
+    for (
+        leaf
+    ) in verdict.failures:  # where jax.grad loses as much in 16 bits, units flipping at kinks
+        assert dtype != "float32", f"{problem}\n{verdict}"
+        assert leaf.figures.error <= leaf.figures.tolerance, f"{problem}\n{verdict}"
 
 
 @given(problems(scales=(1e4,)), st.sampled_from(["float64", "float32"]))

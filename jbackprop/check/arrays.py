@@ -16,7 +16,7 @@ from jbackprop.check.diagnosis import Suspect, diagnose
 from jbackprop.check.inputs import Inputs, keys
 from jbackprop.check.judge import How
 from jbackprop.check.numbers import EXACT, by_numbers, confirm, confirm_together, warn_of
-from jbackprop.check.numerical import Slope, Slopes
+from jbackprop.check.numerical import FIRST, Slope, Slopes
 from jbackprop.check.precision import (
     Chain,
     allowed,
@@ -175,7 +175,7 @@ class Question:
         if i in self.confirmed:
             return leaf, truth.value
         verdict, told = confirm(
-            truth, lambda d: self.slope(i, d), self.how.directions, self.rng, dtype
+            truth, functools.partial(self.slope, i), self.how.directions, self.rng, dtype
         )
         if verdict == "disagree":
             found, value = self.by_numbers(i, truth)
@@ -278,14 +278,14 @@ class Question:
         due = self.candidates if self.tangent is not None else self.inputs.active
         return [d if j == i else np.zeros(np.shape(v)) for j, v in enumerate(due)]
 
-    def slope(self, i: int, d: np.ndarray) -> Slope:
+    def slope(self, i: int, d: np.ndarray, first: float = FIRST) -> Slope:
         """The inner product of the i-th true array with d, by numbers."""
-        return self.slope_of_all(self.only(i, d))
+        return self.slope_of_all(self.only(i, d), first)
 
-    def slope_of_all(self, directions: list[np.ndarray]) -> Slope:
+    def slope_of_all(self, directions: list[np.ndarray], first: float = FIRST) -> Slope:
         """The sum over all true arrays of their inner products with these, by numbers."""
         along = directions if self.tangent is None else self.tangent
-        return self.slopes.along(along, self.data(directions))
+        return self.slopes.along(along, self.data(directions), first)
 
     def shaped(self, known: Sequence[judge.Truth]) -> bool:
         """Whether all candidates have the shape of the truth."""

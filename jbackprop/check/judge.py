@@ -142,7 +142,6 @@ def truths(
         value = [float64(v) for v in run(wide)]
         kinks = [np.zeros(v.shape, bool) for v in value]
         lows, highs = ([v.copy() for v in value] for _ in range(2))
-        nears = [0.0] * len(value)
         for _ in range(2):
             signs = jax.tree.map(lambda v: rng.choice([-1.0, 1.0], np.shape(v)), wide)
             by = 16 * roundoff(given)
@@ -155,34 +154,38 @@ def truths(
                 lows[i] = np.fmin(lows[i], np.fmin(sides[0], sides[1]))
                 highs[i] = np.fmax(highs[i], np.fmax(sides[0], sides[1]))
                 kinks[i] |= _jumps(v, sides, 1e3 * roundoff(given))
-                if given == low:
-                    continue  # what is lost in the dtype given is measured there
-                for side in sides[2:4]:
-                    change = norm(np.where(kinks[i], 0, side - v))
-                    nears[i] = max(nears[i], change if math.isfinite(change) else 0.0)
-    noise = [0.0] * len(value)
-    for draw in range(3):
-        at = point if low == given else cast(wide, low)
-        if draw:
-            u = 2 * roundoff(low)
-            near = [
+    noise, nears = [0.0] * len(value), [0.0] * len(value)
+    jumps = [np.where(k, hi - lo, 0) for k, hi, lo in zip(kinks, highs, lows, strict=True)]
+
+    def jittered(at: Any, u: float) -> Any:
+        return jax.tree.map(
+            lambda v: (
                 (float64(v) * (1 + u * rng.standard_normal(np.shape(v)))).astype(v.dtype)
                 if is_float(v)
                 else v
-                for v in jax.tree.leaves(at)
+            ),
+            at,
+        )
+
+    def lost(found: Sequence[Any], right: Sequence[Any]) -> list[float]:
+        with np.errstate(all="ignore"):  # a flip at a kink is no rounding error
+            gaps = [
+                norm(np.maximum(np.abs(float64(f) - float64(r)) - jump, 0))
+                for f, r, jump in zip(found, right, jumps, strict=True)
             ]
-            at = jax.tree.unflatten(jax.tree.structure(at), near)
+        return [gap if math.isfinite(gap) else 0.0 for gap in gaps]
+
+    for draw in range(3):
+        at = point if low == given else cast(wide, low)
+        if draw:
+            at = jittered(at, 2 * roundoff(low))
         with as_given(low):
-            found = [float64(v) for v in run(at)]
+            found = run(at)
         with exactly():
-            right = (
-                [float64(v) for v in run(cast(at, "float64"))] if draw or low != given else value
-            )
-        for i, (f, r) in enumerate(zip(found, right, strict=True)):
-            jump = np.where(kinks[i], highs[i] - lows[i], 0)  # a flip is no rounding error
-            with np.errstate(all="ignore"):
-                lost = norm(np.maximum(np.abs(f - r) - jump, 0))
-            noise[i] = max(noise[i], lost if math.isfinite(lost) else 0.0)
+            right = run(cast(at, "float64")) if draw or low != given else value
+            noise = list(map(max, noise, lost(found, right)))
+            if draw and low != given:
+                nears = list(map(max, nears, lost(run(jittered(wide, 2 * roundoff(given))), value)))
     truths = []
     for i, v in enumerate(value):
         truth = Truth(v, v, v, noise[i], low, nears[i], chains[i])

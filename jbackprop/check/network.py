@@ -22,7 +22,7 @@ from jbackprop.check.diagnosis import Suspect, diagnose
 from jbackprop.check.inputs import check_options
 from jbackprop.check.judge import TruthKind
 from jbackprop.check.numbers import EXACT, by_numbers, confirm, confirm_together, warn_of
-from jbackprop.check.numerical import Slope, Slopes
+from jbackprop.check.numerical import FIRST, Slope, Slopes
 from jbackprop.check.precision import as_given, cast, exactly, float64, is_float
 from jbackprop.check.report import Report, composed, demand
 from jbackprop.factored import PyTree, is_factored
@@ -203,9 +203,9 @@ class _Check:
             if i in confirmed:
                 continue
 
-            def probe(d: np.ndarray, i: int = i) -> Slope:
+            def probe(d: np.ndarray, first: float = FIRST, i: int = i) -> Slope:
                 along = [d if j == i else np.zeros_like(w) for j, w in enumerate(wide)]
-                return slopes.along(along, data)
+                return slopes.along(along, data, first)
 
             verdict, told = "disagree", ""
             if self.truth == "both":

@@ -29,6 +29,8 @@ from jbackprop.check.precision import coarsest_within, compiled, exactly, norm, 
 
 FIRST, FACTOR, LEVELS, ORDERS = 0.1, 2.5, 16, 4
 """The first step, relative to the point; by how much steps shrink; how many; extrapolations."""
+FINER = 1e-4
+"""The first step where the slope is asked for again, because autodiff has another."""
 
 _EPS, _TINY = float(np.finfo(np.float64).eps), float(np.finfo(np.float64).tiny)
 _COMPLEX_STEP = 1e-30
@@ -87,13 +89,13 @@ class Slopes:
             self._analytic = _is_analytic(f, point, data)
             self._eps = _eps_of(f, point, data)
 
-    def along(self, direction: list[np.ndarray], data: Any = ()) -> Slope:
+    def along(self, direction: list[np.ndarray], data: Any = (), first: float = FIRST) -> Slope:
         """The slope of f along a direction that has a part in each of the arrays."""
         units = [
             size(p[q != 0]) / size(q) for p, q in zip(self.point, direction, strict=True) if q.any()
         ]
         unit = min(units, default=1.0)
-        h = unit * FIRST / FACTOR ** np.arange(LEVELS)
+        h = unit * first / FACTOR ** np.arange(LEVELS)
         steps = np.concatenate([h, -h, [0.0]])
         with exactly():
             values = np.asarray(self._along(self.point, direction, data, steps))
