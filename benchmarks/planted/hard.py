@@ -218,7 +218,6 @@ _ZEROS = (
         "an empty leaf",
         lambda p: jnp.sum(p["a"]) + jnp.sum(p["b"] ** 2),
         {"a": np.zeros((0, 3)), "b": _c},
-        inconclusive="nothing is there",
     ),
     _with_bias("bias of the keys", pr.ATTENTION, "key"),
     _with_bias("bias before layer norm's mean", pr.BATCH_NORM, "x"),

@@ -23,7 +23,7 @@ from jbackprop.sweep import Layer, Node, Trace, backward, forward, keep, total
 
 def layer(
     layer: Node,
-    x_shape: tuple[int, ...] | None = None,
+    x_shape: tuple[int, ...] | int | None = None,
     *,
     x: Any = None,
     params: PyTree = None,
@@ -60,8 +60,8 @@ def layer(
         nothing that backward does not read, and twice gives the same bits.
 
     Raises:
-        TypeError: no layer.
-        ValueError: neither x_shape nor x.
+        TypeError: no layer; neither parameters nor inputs that are floating-point.
+        ValueError: neither x_shape nor x, or both; a batch of none.
     """
     check_options(truth, tolerance, directions, seed)
     if not isinstance(layer, Node):
@@ -73,11 +73,15 @@ def layer(
     keys = jax.random.split(jax.random.key(seed), 2)
     params = layer.init(keys[0]) if params is None else params
     if x is None:
-        x = jax.random.normal(keys[1], (batch, *tuple(x_shape or ())))
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, not {batch}")
+        shape = (x_shape,) if isinstance(x_shape, int) else tuple(x_shape or ())
+        x = jax.random.normal(keys[1], (batch, *shape))
     params, x = jax.tree.map(np.asarray, (params, x))
-    dtype = jnp.dtype(
-        dtype or jnp.result_type(*(jax.tree.leaves(params) or filter(is_float, jax.tree.leaves(x))))
-    )
+    found = [leaf.dtype for leaf in jax.tree.leaves((params, x)) if is_float(leaf)]
+    if not found:
+        raise TypeError(f"{layer!r} has no floating-point parameter or input to differentiate by")
+    dtype = jnp.dtype(dtype or found[0])
     with as_given(dtype):
         rule = _Rule(layer, cast((params, x), dtype), key, seed)
     agreement = rule.agreement(dtype, truth, tolerance, directions, seed)
