@@ -95,6 +95,12 @@ def test_the_readme_runs_and_prints_what_it_says(capsys, tmp_path, monkeypatch):
         for name, value in before.items():
             jax.config.update(name, value)
     printed = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    (report,) = re.findall(r"```\n(jb\.check\..*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    words = [line.strip() for line in report.splitlines() if line.strip()]
+    rows = [" ".join(line.split()[:4]) for line in words if "WRONG" in line]
+    expected += [line for line in words if " gradient " not in line and "verdict" not in line]
+    assert rows
+    assert all(any(" ".join(p.split()[:4]) == row for p in printed) for row in rows)
     for line in expected:
         assert line.strip() in printed, f"{line!r} is not in\n" + "\n".join(printed)
 

@@ -41,18 +41,25 @@ def gradient(
 ) -> Report:
     """Is `candidate` the gradient of a scalar function?
 
+    Each array is judged by norms over all of its entries: where some are small beside the others,
+    check them by themselves. A function that draws random numbers, or whose loops carry float32,
+    is not the same in float64, or none at all; of such the truth is the program as it is traced in
+    the dtypes given, with its floating-point operations done in float64 and without the custom
+    rules in it.
+
     Args:
         fun: any JAX function of args that returns a scalar.
-        args: its arguments, any pytrees. Integers, None, strings, functions and PRNG keys are
-            handed on as they are. They should be those that the candidate was computed from, in
-            the dtype that it was computed in.
+        args: its arguments, any pytrees. Integers, None, strings, functions, PRNG keys and, outside
+            of argnums, Python's floats are handed on as they are. They should be those that the
+            candidate was computed from, in the dtype that it was computed in.
         candidate: arrays in the structure of args[argnums]; None or anything at leaves that are no
             floating-point arrays. Unscaled: d fun / d arg.
         argnums: which arguments; several give a candidate that is a tuple.
         truth: "autodiff" is `jax.grad(fun)` in float64; "numerical" knows nothing but values of
             fun in float64 (the complex step where fun is analytic, else Ridders' extrapolation);
             "both" takes autodiff's, confirmed by numbers along random directions in each array.
-            Where they disagree there is a `TruthWarning`, and numbers are the truth.
+            Where they disagree there is a `TruthWarning`, and numbers are the truth; where numbers
+            do not know, a note.
         tolerance: the relative error in norm that is right; by default from each array's dtype,
             the operations that lead to it, and what autodiff itself loses there.
         directions: random directions in each array, for numbers.
@@ -101,9 +108,11 @@ def vjp(
     Args:
         fun: the function, pytrees to pytrees.
         primals: its arguments; see `gradient` for what may be among them.
-        argnums: the arguments to differentiate by; by default all that have floating-point leaves.
-        truth: "autodiff" differentiates what the function computes, with all custom rules taken
-            away, in float64; the others as in `gradient`, on values of the function alone.
+        argnums: the arguments to differentiate by; by default all that have floating-point arrays,
+            or, if none has, Python's floats.
+        truth: "autodiff" differentiates what the function computes, in float64, with its custom
+            rules taken away (not those within `shard_map`: there leave it at "both"); the others as
+            in `gradient`, on values of the function alone.
         tolerance: as in `gradient`.
         directions: as in `gradient`.
         seed: of the cotangents and the directions; the report prints it.
