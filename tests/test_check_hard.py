@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jbackprop as jb
+from jbackprop.check.precision import x64
 
 KEY = jax.random.key(3)
 X = np.random.default_rng(0).standard_normal(8).astype("float32")
@@ -17,8 +18,10 @@ X = np.random.default_rng(0).standard_normal(8).astype("float32")
 @pytest.fixture(autouse=True)
 def as_jax_comes():
     """Without float64 and strictness: as most people run it."""
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+    jax.config.update("jax_enable_x64", False)
+    with jax.numpy_dtype_promotion("standard"):
         yield
+    jax.config.update("jax_enable_x64", True)
 
 
 def verdict(fun, *args, candidate=None, **options):
@@ -111,7 +114,7 @@ def test_a_gradient_that_loses_digits_is_not_zero_by_nature():
 
 @pytest.mark.parametrize("size", [1e-200, 1e200])
 def test_any_size_in_float64(size):
-    with jax.enable_x64(True):
+    with x64():
         x = X.astype(float)
 
         def fun(x):
