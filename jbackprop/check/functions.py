@@ -125,24 +125,14 @@ def vjp(
         TypeError: no floating-point inputs or outputs, or complex ones.
     """
     check_options(truth, tolerance, directions, seed)
-    numbers = all_of(primals) if argnums is None else argnums
-    numbers = (numbers,) if isinstance(numbers, int) else tuple(numbers)
-    inputs = Inputs(fun, primals, numbers, False)
-    rng = np.random.default_rng(seed)
-    dtype, names = coarsest(inputs.dtypes), output_names(inputs.call_shape(fun))
+    inputs, names = _parted(fun, primals, argnums)
+    rng, dtype = np.random.default_rng(seed), coarsest(inputs.dtypes)
     with as_given(dtype):
         plain = compiled(lambda a, p: outputs_of(inputs.call(fun, a, p)))(
             inputs.active, inputs.passive
         )
         outputs = [float64(v) for v in plain]
-    if not outputs:
-        raise TypeError(f"{name_of(fun)} has no floating-point output to differentiate")
-    whole = [rng.standard_normal(v.shape) for v in outputs]
-    cotangents = {"": whole}
-    if len(outputs) > 1:
-        for i, name in enumerate(names):
-            one = [rng.standard_normal(v.shape) * (j == i) for j, v in enumerate(outputs)]
-            cotangents[f"from {name} alone"] = one
+    cotangents = _drawn(rng, outputs, [f"from {name} alone" for name in names])
 
     def rule(active: list[Any], passive: list[Any], u: list[Any]) -> Any:
         value, back = jax.vjp(lambda a: outputs_of(inputs.call(fun, a, passive)), active)
@@ -208,20 +198,9 @@ def jvp(
         TypeError: no floating-point inputs or outputs, or complex ones.
     """
     check_options(truth, tolerance, directions, seed)
-    numbers = all_of(primals) if argnums is None else argnums
-    numbers = (numbers,) if isinstance(numbers, int) else tuple(numbers)
-    inputs = Inputs(fun, primals, numbers, False)
-    rng = np.random.default_rng(seed)
-    dtype = coarsest(inputs.dtypes)
-    names = output_names(inputs.call_shape(fun))
-    if not names:
-        raise TypeError(f"{name_of(fun)} has no floating-point output to differentiate")
-    tangents = {"": [rng.standard_normal(v.shape) for v in inputs.active]}
-    if len(inputs.active) > 1:
-        for i, name in enumerate(inputs.names):
-            tangents[f"along {name} alone"] = [
-                rng.standard_normal(v.shape) * (j == i) for j, v in enumerate(inputs.active)
-            ]
+    inputs, names = _parted(fun, primals, argnums)
+    rng, dtype = np.random.default_rng(seed), coarsest(inputs.dtypes)
+    tangents = _drawn(rng, inputs.active, [f"along {name} alone" for name in inputs.names])
 
     def outputs(active: list[Any], passive: list[Any]) -> list[Any]:
         return outputs_of(inputs.call(fun, active, passive))
@@ -254,6 +233,27 @@ def jvp(
         )
         parts.append(question.report("", label))
     return composed("jb.check.jvp", name_of(fun), parts, notes=notes_of(parts))
+
+
+def _parted(
+    fun: Callable[..., Any], primals: tuple[Any, ...], argnums: int | Sequence[int] | None
+) -> tuple[Inputs, list[str]]:
+    """The arguments of a function, parted, and the names of its outputs."""
+    numbers = all_of(primals) if argnums is None else argnums
+    numbers = (numbers,) if isinstance(numbers, int) else tuple(numbers)
+    inputs = Inputs(fun, primals, numbers, False)
+    names = output_names(inputs.call_shape(fun))
+    if not names:
+        raise TypeError(f"{name_of(fun)} has no floating-point output to differentiate")
+    return inputs, names
+
+
+def _drawn(rng: Any, like: Sequence[Any], labels: Sequence[str]) -> dict[str, list[np.ndarray]]:
+    """Random arrays for all places together; and, where there are several, for each alone."""
+    found = {"": [rng.standard_normal(v.shape) for v in like]}
+    for i, label in enumerate(labels if len(labels) > 1 else []):
+        found[label] = [rng.standard_normal(v.shape) * (j == i) for j, v in enumerate(like)]
+    return found
 
 
 def assert_gradient(fun: Callable[..., Any], *args: Any, **options: Any) -> None:
