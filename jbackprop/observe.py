@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jbackprop.factored import Full, PyTree
-from jbackprop.sweep import Layer, Node, Trace, forward, rebuild
+from jbackprop.sweep import Layer, Node, Trace, as_told, forward, rebuild
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Tapped(_Wrapper):
 
     def backward(self, params: PyTree, trace: Trace, delta: Any) -> tuple[Any, PyTree]:
         own, _ = params
-        delta_x, factored = self.inner.backward(own, trace, delta)
+        found = self.inner.backward(own, trace, delta)
+        delta_x, factored = as_told(self.inner, own, found)
         return delta_x, (factored, jax.tree.map(lambda d: Full(d, "the delta itself"), delta))
 
 

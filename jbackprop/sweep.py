@@ -230,6 +230,11 @@ def backward(
     if isinstance(net, Composite):
         return net.backward(params, trace, delta, collect, transport, aux)
     assert isinstance(net, Layer)
+    if delta is None:
+        raise ValueError(
+            f"no delta comes to {net}: the layer after it gives None for dC/dx, which is only for "
+            "integer inputs"
+        )
     carry = params
     if transport is not None and jax.tree.leaves(params):
         _check_transport(net, params, transport)
@@ -271,11 +276,26 @@ def _layer_backward(
     layer: Layer, params: PyTree, carry: PyTree, trace: Trace, delta: Any
 ) -> tuple[Any, PyTree]:
     rule = jax.vmap(layer.backward, in_axes=(None, 0, 0), axis_name=BATCH_AXIS)
-    delta_x, factored = rule(carry, trace, delta)
+    delta_x, factored = as_told(layer, params, rule(carry, trace, delta))
     shapes = jax.tree.map(jax.numpy.shape, (trace.x, delta_x))
     if trace.x is not None and delta_x is not None and shapes[0] != shapes[1]:
         raise ValueError(f"{layer}: backward gives dC/dx of shape {shapes[1]} for x {shapes[0]}")
     return delta_x, place_in(factored, params)
+
+
+def as_told(layer: Layer, params: PyTree, out: Any) -> tuple[Any, PyTree]:
+    """What backward gave, if it is what it must give."""
+    if not isinstance(out, tuple) or len(out) != 2:
+        given = f"a tuple of {len(out)}" if isinstance(out, tuple) else type(out).__name__
+        raise TypeError(
+            f"{layer}: backward must give (dC/dx, factored gradients like params), not {given}"
+        )
+    found, due = jax.tree.structure(out[1], is_leaf=is_factored), jax.tree.structure(params)
+    if found != due:
+        raise ValueError(
+            f"{layer}: backward gives gradients in the structure {found}; that of params is {due}"
+        )
+    return out
 
 
 def keep(factored: PyTree, delta: Any, aux: Any) -> PyTree:

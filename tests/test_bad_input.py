@@ -42,6 +42,42 @@ class Shrunk(jb.Dense):
         return delta_x[:1], pairs
 
 
+class Told(jb.Dense):
+    """A rule that gives something else."""
+
+    def backward(self, params, trace, delta):
+        return self.given(*super().backward(params, trace, delta))
+
+
+class OneOfTwo(Told):
+    def given(self, delta_x, pairs):
+        return delta_x
+
+
+class Three(Told):
+    def given(self, delta_x, pairs):
+        return delta_x, pairs, None
+
+
+class OneShort(Told):
+    def given(self, delta_x, pairs):
+        return delta_x, {"w": pairs["w"]}
+
+
+class NoDelta(Told):
+    def given(self, delta_x, pairs):
+        return None, pairs
+
+
+def with_rule(layer, call=backprop):
+    net = jb.Sequential(jb.Dense(4, 5), layer(5, 3))
+    return call(net=net, params=net.init(jax.random.key(0)))
+
+
+def check(net, params):
+    return jb.check.network(net, LOSS, params, X, Y)
+
+
 class Coupled(jb.Identity):
     couples_examples = True
 
@@ -137,6 +173,31 @@ CASES = {
         ValueError,
         "backward gives dC/dx of shape",
         None,
+    ),
+    "one of two": (
+        lambda: with_rule(OneOfTwo),
+        TypeError,
+        "must give .dC/dx, factored gradients.*not",
+        "layers[1]",
+    ),
+    "one of two, in a check": (
+        lambda: with_rule(OneOfTwo, check),
+        TypeError,
+        "must give .dC/dx, factored",
+        "layers[1]",
+    ),
+    "three": (lambda: with_rule(Three), TypeError, "not a tuple of 3", "layers[1]"),
+    "a gradient too few": (
+        lambda: with_rule(OneShort),
+        ValueError,
+        "gradients in the structure",
+        "layers[1]",
+    ),
+    "no delta": (
+        lambda: with_rule(NoDelta),
+        ValueError,
+        r"no delta comes to Dense\(4, 5\)",
+        "layers[0]",
     ),
     "a loss that adds up the batch": (
         lambda: backprop(loss=Summed()),
