@@ -290,7 +290,8 @@ def as_told(layer: Layer, params: PyTree, out: Any) -> tuple[Any, PyTree]:
         raise TypeError(
             f"{layer}: backward must give (dC/dx, factored gradients like params), not {given}"
         )
-    found, due = jax.tree.structure(out[1], is_leaf=is_factored), jax.tree.structure(params)
+    found: Any = jax.tree.structure(out[1], is_leaf=is_factored)
+    due = jax.tree.structure(params)
     if found != due:
         raise ValueError(
             f"{layer}: backward gives gradients in the structure {found}; that of params is {due}"
