@@ -101,4 +101,8 @@ EQUIVALENT: dict[str, list[str]] = {
         "Outer.dot: _einsum('ngto,ngto->ng', self.delta, other.delta)"
         " -> _einsum('ngto,ngto->ng', other.delta, self.delta)",
     ],
+    "what carries the delta has the structure of params": [
+        "_layer_backward: as_told(layer, params, rule(carry, trace, delta))"
+        " -> as_told(layer, carry, rule(carry, trace, delta))",
+    ],
 }
