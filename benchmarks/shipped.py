@@ -129,7 +129,7 @@ def of_flax() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
 
 def main() -> None:
     """Check all of them, and print what is not right."""
-    counts = {"right": 0, "inconclusive": 0, "wrong": 0}
+    counts = {"right": 0, "inconclusive": 0, "wrong": 0, "refused": 0}
     for name, f, primals in functions():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", jb.check.TruthWarning)
@@ -137,6 +137,7 @@ def main() -> None:
                 report = jb.check.vjp(f, *primals)
             except (TypeError, ValueError, NotImplementedError) as error:
                 print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}\n")
+                counts["refused"] += 1
                 continue
         counts[report.verdict] += 1
         if not report.ok:

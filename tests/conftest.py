@@ -18,3 +18,12 @@ if jax.__version_info__ >= (0, 8):  # on the CPU JAX 0.6 reads loops back that c
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
+
+
+@pytest.fixture
+def as_jax_comes():
+    """Without float64 and strictness: as most people run it."""
+    jax.config.update("jax_enable_x64", False)
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+    jax.config.update("jax_enable_x64", True)

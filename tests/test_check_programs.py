@@ -4,25 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from truth import verdict
 
 import jbackprop as jb
 
+pytestmark = pytest.mark.usefixtures("as_jax_comes")
 KEY = jax.random.key(3)
 X = np.random.default_rng(0).standard_normal(8).astype("float32")
-
-
-@pytest.fixture(autouse=True)
-def as_jax_comes():
-    """Without float64 and strictness: as most people run it."""
-    jax.config.update("jax_enable_x64", False)
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-    jax.config.update("jax_enable_x64", True)
-
-
-def verdict(fun, *args, candidate=None, **options):
-    candidate = jax.grad(fun)(*args) if candidate is None else candidate
-    return jb.check.gradient(fun, *args, candidate=candidate, **options).verdict
 
 
 def noisy(x, key):

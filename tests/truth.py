@@ -40,3 +40,9 @@ def each_grad(net, loss, params, x, y):
         return costs(net, loss, params, *jax.tree.map(lambda v: v[None], (x, y)))[0]
 
     return jax.vmap(jax.grad(one), in_axes=(None, 0, 0))(params, x, y)
+
+
+def verdict(fun, *args, candidate=None, **options):
+    """What `jb.check.gradient` says of a candidate; by default of `jax.grad`'s."""
+    candidate = jax.grad(fun)(*args) if candidate is None else candidate
+    return jb.check.gradient(fun, *args, candidate=candidate, **options).verdict
