@@ -9,8 +9,11 @@ from jbackprop.compose import Sequential as Sequential
 from jbackprop.compose import mlp as mlp
 from jbackprop.factored import Factored as Factored
 from jbackprop.factored import Full as Full
+from jbackprop.factored import Lookup as Lookup
+from jbackprop.factored import Nothing as Nothing
 from jbackprop.factored import Outer as Outer
 from jbackprop.factored import Place as Place
+from jbackprop.factored import Scale as Scale
 from jbackprop.factored import Shift as Shift
 from jbackprop.factored import Sum as Sum
 from jbackprop.gradient import Backprop as Backprop

@@ -1,0 +1,21 @@
+"""Factored gradients: what the gradient of a weight is made of.
+
+One file for each kind; `base` says what they have in common.
+"""
+
+from jbackprop.factored.base import Factored as Factored
+from jbackprop.factored.base import Place as Place
+from jbackprop.factored.base import PyTree as PyTree
+from jbackprop.factored.base import Step as Step
+from jbackprop.factored.base import is_factored as is_factored
+from jbackprop.factored.base import place_in as place_in
+from jbackprop.factored.base import present as present
+from jbackprop.factored.base import weighted as weighted
+from jbackprop.factored.base import wide_dtype as wide_dtype
+from jbackprop.factored.lookup import Lookup as Lookup
+from jbackprop.factored.other import Full as Full
+from jbackprop.factored.other import Nothing as Nothing
+from jbackprop.factored.other import Sum as Sum
+from jbackprop.factored.outer import Outer as Outer
+from jbackprop.factored.shift import Scale as Scale
+from jbackprop.factored.shift import Shift as Shift

@@ -1,0 +1,110 @@
+"""Rows that were looked up in a table."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jbackprop.factored.base import (
+    Factored,
+    Place,
+    Step,
+    depth_into_groups,
+    fits,
+    kind,
+    somewhere,
+    stacked_place,
+    weighted,
+    wide_dtype,
+)
+
+
+@kind("ids", "delta", meta=("rows",))
+class Lookup(Factored):
+    """g_n = sum_t e_{id_nt} (outer) delta_nt: an embedding, whose row id_nt was read at t.
+
+    Only the rows that were read have a gradient. Ids out of range, also negative ones, drop out.
+
+    Attributes:
+        ids: the rows that were read, (B, G, T), integers.
+        delta: the delta of what was read, (B, G, T, o).
+        rows: the number of rows of the table.
+    """
+
+    ids: Array
+    delta: Array
+    rows: int
+    place: Place | None = None
+
+    @classmethod
+    def of(cls, ids: Array, delta: Array, rows: int, steps: tuple[Step, ...] = ()) -> Lookup:
+        """One example's ids (...) and delta (..., o): one group, all axes of ids are positions."""
+        o = delta.shape[-1]
+        return cls(ids.reshape(1, -1), delta.reshape(1, -1, o), rows, somewhere(steps))
+
+    def check_fits(self, place: Place) -> None:
+        fits(self, place, self.delta.shape[1], (self.rows, self.delta.shape[3]))
+
+    def stacked(self) -> Lookup:
+        place = stacked_place(self.place, self.ids.shape[0])
+        ids = depth_into_groups(self.ids)
+        return Lookup(ids, depth_into_groups(self.delta), self.rows, place)
+
+    def total(self, weights: Array | None = None) -> Array:
+        delta = self.delta if weights is None else weighted(weights, self.delta)
+        return self.home.restore(_over_examples(self._where(self.ids), delta, self.rows))
+
+    def each(self) -> Array:
+        tables = jax.vmap(lambda ids, delta: _scattered(ids, delta, self.rows))
+        return jax.vmap(self.home.restore)(tables(self._where(self.ids), self.delta))
+
+    def square_norm(self) -> Array:
+        return jnp.sum(jnp.square(self._merged()[1]), axis=(1, 2, 3))
+
+    def second_moment(self) -> Array:
+        ids, delta = self._merged()
+        return self.home.restore(_over_examples(ids, jnp.square(delta), self.rows))
+
+    def dot(self, other: Factored) -> Array:
+        if not (isinstance(other, Lookup) and self._same_form(other)):
+            return super().dot(other)
+        mine, theirs = self._merged(), other._merged()
+        same = mine[0][:, :, :, None] == theirs[0][:, :, None, :]
+        same &= (mine[0] < self.rows)[..., None]
+        products = jnp.einsum("ngto,ngso->ngts", mine[1], theirs[1])
+        return jnp.sum(jnp.where(same, products, 0), axis=(1, 2, 3))
+
+    def _where(self, ids: Array) -> Array:
+        """The rows, and `rows` for what is out of range."""
+        ids = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids  # int8 cannot hold `rows`
+        return jnp.where((ids >= 0) & (ids < self.rows), ids, self.rows)
+
+    def _merged(self) -> tuple[Array, Array]:
+        """Every row once: ids (B, G, T), `rows` where nothing is left, and the sums of deltas."""
+
+        def merge(ids: Array, delta: Array) -> tuple[Array, Array]:
+            order = jnp.argsort(ids)
+            ids, delta = ids[order], delta[order].astype(wide_dtype(delta.dtype))
+            first = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])[: len(ids)]
+            slot = jnp.cumsum(first) - 1
+            delta = jnp.where((ids < self.rows)[:, None], delta, 0)
+            merged = jnp.full_like(ids, self.rows).at[slot].set(ids)
+            return merged, jax.ops.segment_sum(delta, slot, len(ids), indices_are_sorted=True)
+
+        return jax.vmap(jax.vmap(merge))(self._where(self.ids), self.delta)
+
+
+def _scattered(ids: Array, delta: Array, rows: int) -> Array:
+    """The table (G, rows, o) of sums of delta (G, T, o) by ids (G, T)."""
+    groups, _, o = delta.shape
+    table = jnp.zeros((groups, rows, o), wide_dtype(delta.dtype))
+    group = jnp.broadcast_to(jnp.arange(groups)[:, None], ids.shape)
+    return table.at[group, ids].add(delta.astype(table.dtype), mode="drop")
+
+
+def _over_examples(ids: Array, delta: Array, rows: int) -> Array:
+    """The same with the examples (B, ...) among the positions."""
+    ids, delta = jnp.moveaxis(ids, 0, 1), jnp.moveaxis(delta, 0, 1)
+    groups, o = ids.shape[0], delta.shape[-1]
+    return _scattered(ids.reshape(groups, -1), delta.reshape(groups, -1, o), rows)

@@ -1,0 +1,106 @@
+"""Sums of factored gradients, gradients written out, and none at all."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jbackprop.factored.base import Factored, Place, kind, stacked_place, weighted, wide_dtype
+
+
+@kind("parts")
+class Sum(Factored):
+    """g_n = the sum of its parts: a parameter that was used several times, cross terms included.
+
+    Attributes:
+        parts: factored gradients of one parameter, of any kinds.
+    """
+
+    parts: tuple[Factored, ...]
+    place: Place | None = None
+
+    def at(self, place: Place) -> Sum:
+        return Sum(tuple(part.at(place) for part in self.parts), place)
+
+    def stacked(self) -> Sum:
+        parts = tuple(part.stacked() for part in self.parts)
+        depth = jax.tree.leaves(self.parts)[0].shape[0]
+        return Sum(parts, stacked_place(self.place, depth))
+
+    def total(self, weights: Array | None = None) -> Array:
+        return _add(part.total(weights) for part in self.parts)
+
+    def each(self) -> Array:
+        return _add(part.each() for part in self.parts)
+
+    def square_norm(self) -> Array:
+        """sum_jk <part_j, part_k>; a rounded sum is never reported below 0."""
+        return jnp.maximum(self.dot(self), 0)
+
+    def dot(self, other: Factored) -> Array:
+        theirs = other.parts if isinstance(other, Sum) else (other,)
+        return _add(mine.dot(their) for mine in self.parts for their in theirs)
+
+    def gram(self, other: Factored) -> Array:
+        theirs = other.parts if isinstance(other, Sum) else (other,)
+        return _add(mine.gram(their) for mine in self.parts for their in theirs)
+
+
+def _add(arrays: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, arrays)
+
+
+@kind("g", meta=("why",))
+class Full(Factored):
+    """g_n itself, (B, *shape): the fallback for a rule that fits no other kind.
+
+    It costs a copy of the parameter for every example; `why` says why it is needed.
+    """
+
+    g: Array
+    why: str
+    place: Place | None = None
+
+    def stacked(self) -> Full:
+        place = stacked_place(self.place, self.g.shape[0])
+        return Full(jnp.moveaxis(self.g, 0, 1), self.why, place)
+
+    def total(self, weights: Array | None = None) -> Array:
+        g = self.g if weights is None else weighted(weights, self.g)
+        return jnp.sum(g, axis=0, dtype=wide_dtype(g.dtype))
+
+    def each(self) -> Array:
+        return self.g.astype(wide_dtype(self.g.dtype))
+
+
+@kind("none")
+class Nothing(Factored):
+    """g_n = 0: a parameter that is frozen.
+
+    Attributes:
+        none: an array without entries that counts the examples, (B, 0).
+    """
+
+    none: Array
+    place: Place | None = None
+
+    @classmethod
+    def like(cls, pair: Factored) -> Nothing:
+        """Nothing in the place of a pair of a mini-batch."""
+        b = jax.tree.leaves(pair)[0].shape[0]
+        place = pair.home
+        return cls(jnp.zeros((b, 0)), Place(place.shape, place.dtype, place.path))
+
+    def stacked(self) -> Nothing:
+        return Nothing(self.none[0], stacked_place(self.place, self.none.shape[0]))
+
+    def total(self, weights: Array | None = None) -> Array:
+        return jnp.zeros(self.home.stack + self.home.shape, wide_dtype(self.home.dtype))
+
+    def each(self) -> Array:
+        total = self.total()
+        return jnp.zeros((self.none.shape[0], *total.shape), total.dtype)
