@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jbackprop"
 ORDER = [
     ["factored"], ["sweep"], ["layers"], ["compose"], ["losses"], ["gradient"], ["observe", "table"],
-    ["check"], ["diagnose", "metrics", "summary"], ["train"], ["catalogue", "datasets", "bench"], ["demo"],
+    ["averages"], ["check"], ["diagnose", "metrics", "summary"], ["train"], ["catalogue", "datasets", "bench"], ["demo"],
     ["cli"], ["__init__", "__main__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

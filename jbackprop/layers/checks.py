@@ -1,0 +1,65 @@
+"""What layers refuse, in words that name the fix. Shared by all that have sizes and parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jbackprop.factored import PyTree
+from jbackprop.sweep import Layer
+
+
+def shown(layer: Any, *always: str) -> str:
+    """The `repr` of a layer: the values of the fields named, and other options if not default."""
+    first = [repr(getattr(layer, name)) for name in always]
+    options = (f for f in dataclasses.fields(layer) if f.name not in always)
+    changed = (f for f in options if getattr(layer, f.name) != f.default)
+    rest = [f"{f.name}={getattr(layer, f.name)!r}" for f in changed]
+    return f"{type(layer).__name__}({', '.join(first + rest)})"
+
+
+def check_sizes(layer: Any, *names: str, least: int = 1) -> None:
+    """Make each field named an int; raise unless it is one of at least `least`."""
+    for name in names:
+        size = getattr(layer, name)
+        if hasattr(size, "__index__") and not isinstance(size, bool):
+            object.__setattr__(layer, name, operator.index(size))  # NumPy's integers too
+        if not isinstance(getattr(layer, name), int) or isinstance(size, bool) or size < least:
+            raise ValueError(
+                f"{type(layer).__name__}: {name} must be an int of at least {least}, not {size!r}"
+            )
+
+
+def check_floating(layer: Layer, x: Any) -> None:
+    """Raise unless one example is an array of floating-point numbers."""
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{layer} needs one array for an example, not a {type(x).__name__}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{layer} needs floating-point inputs, not {x.dtype}: use x.astype('float32')"
+        )
+
+
+def check_features(layer: Layer, x: Any, features: int, axes: int = 1) -> None:
+    """Raise unless one example has `features` on its last axis, and at least so many axes."""
+    check_floating(layer, x)
+    if jnp.ndim(x) < axes or x.shape[-1] != features:
+        batch = "; a single example needs a batch axis: x[None]" if jnp.ndim(x) < axes else ""
+        raise ValueError(
+            f"{layer} needs {features} features on the last axis, but one example has the shape "
+            f"{x.shape}{batch}"
+        )
+
+
+def check_params(layer: Layer, params: PyTree, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise unless params are arrays of these shapes by name; () where there are none."""
+    found, due = jax.tree.map(jnp.shape, params), shapes or ()
+    if found != due:
+        raise ValueError(
+            f"these are not the parameters of {layer}: it needs shapes {due}, not {found}; "
+            "make them with init, or pass those that belong to this network"
+        )
