@@ -50,16 +50,26 @@ class Node(abc.ABC):
         reads: which of "x" and "y" backward reads in its trace; the others are not kept.
         draws: whether forward draws random numbers; only then do keys reach it.
         couples_examples: whether one example's output depends on the other examples.
+        inverts: whether `invert` finds the input from the output, so that nobody need keep it.
     """
 
     takes_transport: ClassVar[bool] = True
     reads: ClassVar[Any] = ()
     draws: ClassVar[Any] = False
     couples_examples: ClassVar[Any] = False
+    inverts: ClassVar[bool] = False
 
     @abc.abstractmethod
     def init(self, key: Array) -> PyTree:
         """Fresh parameters, a pytree of arrays; () for none."""
+
+    def trace(self, x: Any, y: Any, saved: Any) -> Trace:
+        """The trace of one forward sweep: of x and y, what backward reads."""
+        return Trace(x if "x" in self.reads else None, y if "y" in self.reads else None, saved)
+
+    def invert(self, params: PyTree, y: Any, saved: Any) -> Any:
+        """The input, from the output; for those that say `inverts`."""
+        raise NotImplementedError(f"{self} does not invert")
 
 
 class Layer(Node):
@@ -113,6 +123,15 @@ class Composite(Node):
         aux: PyTree,
     ) -> tuple[Any, PyTree]:
         """Like `sweep.backward`, for the layers inside."""
+
+    @property
+    def copies(self) -> int | None:
+        """How many copies of the layer inside it runs, parameters stacked; None for no stack."""
+        return None
+
+    def opened(self) -> Composite:
+        """The same forward, saving all that the layers inside save: for looking at them."""
+        return self
 
     def children(self) -> dict[str, Node]:
         """The layers inside by name, in forward order."""
@@ -168,6 +187,16 @@ class Composite(Node):
     @functools.cached_property
     def couples_examples(self) -> bool:
         return any(layer.couples_examples for layer in self.children().values())
+
+
+def keys_for(layers: Sequence[Node], key: Array | None) -> list[Array | None]:
+    """A key for each layer that draws, None for the others."""
+    drawing = [i for i, layer in enumerate(layers) if layer.draws]
+    keys: list[Array | None] = [None] * len(layers)
+    if key is not None and drawing:
+        for i, own in zip(drawing, jax.random.split(key, len(drawing)), strict=True):
+            keys[i] = own
+    return keys
 
 
 def batch_size(x: Any) -> int:
@@ -329,6 +358,32 @@ def walk(net: Node, tree: PyTree = None, path: str = "") -> Iterator[tuple[str, 
         return
     for (name, child), part in zip(net.children().items(), net.split(tree), strict=True):
         yield from walk(child, part, f"{path}.{name}" if path else name)
+
+
+def copies(
+    net: Node, path: str = "", shown: str = "", index: tuple[int, ...] = ()
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Every copy of every layer in forward order: its own path, that of `walk`, its place there.
+
+    The third is the index of the copy in arrays that scanned composites have stacked; () for a
+    layer that nothing repeats.
+    """
+    if not isinstance(net, Composite):
+        yield shown or "net", path or "net", index
+        return
+    dot, shown_dot = (f"{p}." if p else "" for p in (path, shown))
+    for name, child in net.children().items():
+        if net.copies is None:
+            yield from copies(child, dot + name, shown_dot + name, index)
+        for i in range(net.copies or 0):
+            yield from copies(child, dot + name, f"{shown_dot}{name}[{i}]", (*index, i))
+
+
+def opened(net: Node) -> Node:
+    """The network whose forward sweep saves all that its layers save, wherever they are."""
+    if not isinstance(net, Composite):
+        return net
+    return net.with_children([opened(child) for child in net.children().values()]).opened()
 
 
 def rebuild(

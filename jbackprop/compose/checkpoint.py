@@ -1,0 +1,80 @@
+"""Doing the forward sweep again rather than keeping what it makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from jax import Array, lax
+
+from jbackprop.factored import PyTree
+from jbackprop.sweep import Collect, Composite, Node, Trace, backward, forward, inside
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint(Composite):
+    """The layer inside, of which only the input is kept (and the output, if it is read).
+
+    Nothing changes in the numbers. On the way back the forward sweep is done again from x, and what
+    it makes is gone when the layer is done. What of it backward does not read is never computed
+    again: of `Checkpoint(Sequential(Gelu(), Dense(p, q)))` only the gelu is, since Dense does not
+    read its own output.
+
+    Source: Griewank and Walther, Algorithm 799: revolve (2000); Chen, Xu, Zhang and Guestrin,
+    Training deep nets with sublinear memory cost (2016), section 3.
+
+    Params: those of the layer inside.
+
+    Attributes:
+        layer: a layer or a composite.
+    """
+
+    layer: Node
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.layer})"
+
+    @functools.cached_property
+    def reads(self) -> tuple[str, ...]:
+        return ("x", "y") if "y" in self.layer.reads else ("x",)
+
+    def opened(self) -> Composite:
+        return _Open(self.layer)
+
+    def init(self, key: Array) -> PyTree:
+        return self.layer.init(key)
+
+    def forward(self, params: PyTree, x: Any, key: Array | None) -> tuple[Any, Any]:
+        with inside("layer", self.layer):
+            y, _ = forward(self.layer, params, x, key)
+        return y, key if self.layer.draws else None
+
+    def backward(
+        self,
+        params: PyTree,
+        trace: Trace,
+        delta: Any,
+        collect: Collect,
+        transport: PyTree,
+        aux: PyTree,
+    ) -> tuple[Any, PyTree]:
+        # Without the barrier XLA would find that it has all this already, and keep it.
+        x, delta = lax.optimization_barrier((trace.x, delta))
+        with inside("layer", self.layer):
+            y, saved = forward(self.layer, params, x, trace.saved)
+            y = trace.y if "y" in self.layer.reads else y
+            return backward(
+                self.layer, params, self.layer.trace(x, y, saved), delta, collect, transport, aux
+            )
+
+
+class _Open(Checkpoint):
+    """A checkpoint that keeps all, for looking in."""
+
+    def forward(self, params: PyTree, x: Any, key: Array | None) -> tuple[Any, Any]:
+        with inside("layer", self.layer):
+            return forward(self.layer, params, x, key)
+
+    def backward(self, *_: Any) -> tuple[Any, PyTree]:
+        raise NotImplementedError("opened for the forward sweep only")

@@ -1,0 +1,80 @@
+"""Layers that do not learn."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import Array
+
+from jbackprop.factored import Nothing, PyTree, is_factored
+from jbackprop.sweep import Collect, Composite, Node, Trace, backward, forward, inside
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Composite):
+    """The layer inside, without gradients of its own; the delta passes through it as ever.
+
+    Its gradients are zeros (of the kind `Nothing`), so that no question about the gradient counts
+    it. Weight decay would still change its parameters: hand `trainable_mask` to `optax.masked`.
+
+    Params: those of the layer inside.
+
+    Attributes:
+        layer: a layer or a composite.
+    """
+
+    layer: Node
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.layer})"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.layer.reads
+
+    @property
+    def inverts(self) -> bool:  # type: ignore[override]
+        return self.layer.inverts
+
+    def init(self, key: Array) -> PyTree:
+        return self.layer.init(key)
+
+    def invert(self, params: PyTree, y: Any, saved: Any) -> Any:
+        return self.layer.invert(params, y, saved)
+
+    def forward(self, params: PyTree, x: Any, key: Array | None) -> tuple[Any, Any]:
+        with inside("layer", self.layer):
+            return forward(self.layer, params, x, key)
+
+    def backward(
+        self,
+        params: PyTree,
+        trace: Trace,
+        delta: Any,
+        collect: Collect,
+        transport: PyTree,
+        aux: PyTree,
+    ) -> tuple[Any, PyTree]:
+        def nothing(factored: PyTree, delta: Any, aux: Any) -> PyTree:
+            none = jax.tree.map(Nothing.like, factored, is_leaf=is_factored)
+            return collect(none, delta, aux)
+
+        with inside("layer", self.layer):
+            return backward(self.layer, params, trace, delta, nothing, transport, aux)
+
+
+def trainable_mask(net: Node, params: PyTree) -> PyTree:
+    """Which parameters learn: a tree like params of bools, False inside `Frozen`.
+
+    For `optax.masked`, so that weight decay leaves frozen parameters alone too.
+
+    Args:
+        net: a layer or a composite.
+        params: its parameters, or their shapes.
+    """
+    if isinstance(net, Frozen) or not isinstance(net, Composite):
+        return jax.tree.map(lambda _: not isinstance(net, Frozen), params)
+    parts = zip(net.children().values(), net.split(params), strict=True)
+    return net.join([trainable_mask(child, part) for child, part in parts])
