@@ -26,7 +26,7 @@ from jbackprop.factored import PyTree, wide_dtype
 from jbackprop.layers.batch_norm import BatchNorm
 from jbackprop.layers.gain import Affine
 from jbackprop.observe import Observed, Seen, seen_in
-from jbackprop.sweep import Layer, Node, batch_size, forward, rebuild, walk
+from jbackprop.sweep import Layer, Node, batch_size, forward, opened, rebuild, walk
 
 
 class Averages(NamedTuple):
@@ -72,20 +72,11 @@ def batch_averages(net: Node, params: PyTree, x: Any, key: Array | None = None) 
         `Averages` by path: {} for a network without batch norm.
 
     Raises:
-        ValueError: a batch norm inside a composite that saves nothing of it (`Checkpoint`); an
-            empty batch.
+        ValueError: an empty batch.
     """
     if batch_size(x) == 0:
         raise ValueError("the batch is empty: it has no statistics")
-    state = {seen.path: Averages(*seen.y) for seen in _batch_averages(net, params, x, key)}
-    for path, layer, _ in walk(net):
-        if isinstance(layer, BatchNorm) and path not in state:
-            raise ValueError(
-                f"the statistics of {path} ({layer}) cannot be seen: a composite around it does "
-                "not save what is inside, as Checkpoint does. Take them from the same network "
-                "without that composite: the parameters are the same"
-            )
-    return state
+    return {seen.path: Averages(*seen.y) for seen in _batch_averages(net, params, x, key)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -93,7 +84,8 @@ def _batch_averages(net: Node, params: PyTree, x: Any, key: Array | None) -> lis
     def watch(path: str, layer: Layer, own: PyTree) -> tuple[Node, PyTree]:
         return (_Watched(layer, path) if isinstance(layer, BatchNorm) else layer), own
 
-    _, saved = forward(*rebuild(net, params, watch), x, key)
+    watched, own = rebuild(net, params, watch)
+    _, saved = forward(opened(watched), own, x, key)
     # They are the same for every example, (..., B, channels): those of the first.
     return [Seen(jax.tree.map(lambda v: v[..., 0, :], s.y), s.path) for s in seen_in(saved)]
 

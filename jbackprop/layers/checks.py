@@ -55,6 +55,15 @@ def check_features(layer: Layer, x: Any, features: int, axes: int = 1) -> None:
         )
 
 
+def check_no_params(layer: Layer, params: PyTree) -> None:
+    """Raise unless there are no parameters."""
+    if jax.tree.leaves(params):
+        raise ValueError(
+            f"{layer} has no parameters, so its place in params must be (), but these came: "
+            f"{jax.tree.map(jnp.shape, params)}; are they another network's?"
+        )
+
+
 def check_params(layer: Layer, params: PyTree, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise unless params are arrays of these shapes by name; () where there are none."""
     found, due = jax.tree.map(jnp.shape, params), shapes or ()
