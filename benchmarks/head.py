@@ -1,0 +1,63 @@
+"""The last Dense with softmax cross-entropy over a big vocabulary, in one or in two.
+
+python benchmarks/head.py [--seconds S] [--only NAME] [--out FILE.json]
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from contest import Contestant, Workload, main
+from plain import head
+
+
+def data(rows: int, width: int, vocab: int) -> tuple[Any, ...]:
+    """{"w", "b", "x"}, labels."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "w": jax.random.normal(keys[0], (width, vocab)) * width**-0.5,
+        "b": 0.1 * jax.random.normal(keys[1], (vocab,)),
+        "x": jax.random.normal(keys[2], (rows, width)),
+    }
+    return params, jax.random.randint(keys[3], (rows,), 0, vocab)
+
+
+def contestants(rows: int) -> Sequence[Contestant]:
+    """Everybody."""
+    found = [
+        Contestant("optax loss", head.whole(), "plain"),
+        Contestant("logsumexp", head.whole(head.by_logsumexp)),
+        Contestant("logsumexp, mask", head.whole(head.by_mask)),
+        Contestant("checkpoint around Dense and loss", head.whole(checkpoint=True)),
+    ]
+    for size in (rows // 16, rows // 8, rows // 4):
+        found += [
+            Contestant(f"checkpoint, blocks of {size}", head.blocks(size), "idiomatic"),
+            Contestant(f"checkpoint, mask, blocks of {size}", head.blocks(size, head.by_mask)),
+            Contestant(f"gradients forward, blocks of {size}", head.gradients_forward(size)),
+            Contestant(
+                f"gradients forward, mask, blocks of {size}",
+                head.gradients_forward(size, head.by_mask),
+            ),
+        ]
+    return found
+
+
+def workload(rows: int, width: int, vocab: int) -> Workload:
+    """One head."""
+    return Workload(
+        f"{rows} positions, width {width}, vocabulary {vocab}",
+        functools.partial(data, rows, width, vocab),
+        functools.partial(contestants, rows),
+        {"plain": (0.85, 0.07), "idiomatic": (1.0, float("inf"))},
+    )
+
+
+WORKLOADS = (workload(4096, 256, 32768), workload(512, 256, 8192))
+
+if __name__ == "__main__":
+    main(WORKLOADS, (), str(__doc__))
