@@ -23,9 +23,9 @@ from jbackprop.losses import Loss
 from jbackprop.sweep import (
     Collect,
     Node,
-    Trace,
     backward,
     batch_size,
+    by_copy,
     forward,
     leafwise,
     rebuild,
@@ -128,7 +128,7 @@ def sweep(
         delta = weighted(output_weights, delta).astype(delta.dtype)
     # The delta is read by several; made once, it keeps XLA from making it anew for each of them.
     losses, delta = jax.lax.optimization_barrier((losses, delta))
-    trace = Trace(x if "x" in net.reads else None, outputs if "y" in net.reads else None, saved)
+    trace = net.trace(x, outputs, saved)
     delta_x, collected = backward(net, params, trace, delta, collect, transport, aux)
     return Swept(losses, outputs, delta_x, collected)
 
@@ -242,6 +242,16 @@ def coupling_layer(net: Node) -> str:
     return next(f"{path} ({layer})" for path, layer, _ in walk(net) if layer.couples_examples)
 
 
+def refuse_coupling(net: Node, what: str) -> None:
+    """Raise where `what` would depend on which examples come together."""
+    if net.couples_examples:
+        raise ValueError(
+            f"{coupling_layer(net)} couples the examples, so that {what} would depend on which of "
+            "them come together. Fix its statistics first: net, params = fold_batch_norm(net, "
+            "params, averages), with the .averages of a Fit, or batch_averages(net, params, x)"
+        )
+
+
 def _check_weights(weights: Any, n: int) -> None:
     if weights is None and n == 0:
         raise ValueError("the batch is empty: its mean gradient is not defined; give weights")
@@ -253,10 +263,11 @@ def deltas(bp: Backprop) -> OrderedDict[str, Array]:
     """The delta of every layer that has weights, dC_n/dz_n (B, ...), by path, first layer first.
 
     z is the layer's output: the net input of the activation behind it. Unscaled: the mean cost's
-    deltas are these divided by B.
+    deltas are these divided by B. The copies of a layer in a scanned composite are told apart:
+    `layers[1].layer[0]`, ...
     """
     found = walk(bp.net, bp.kept)
-    return OrderedDict((path, kept.delta) for path, _, kept in found if isinstance(kept, Kept))
+    return by_copy(bp.net, {path: kept.delta for path, _, kept in found if isinstance(kept, Kept)})
 
 
 def value_and_grad(net: Node, loss: Loss) -> Callable[..., tuple[Array, PyTree]]:
@@ -335,7 +346,13 @@ def _is_half(params: PyTree) -> bool:
 
 
 def predict(net: Node, loss: Loss, params: PyTree, x: Any) -> Any:
-    """The loss's prediction for every example: probabilities, rates, or the outputs themselves."""
+    """The loss's prediction for every example: probabilities, rates, or the outputs themselves.
+
+    Raises:
+        ValueError: a layer couples the examples, so that one of them has no prediction of its own;
+            the message says what to do.
+    """
+    refuse_coupling(net, "a prediction")
     return _predict(net, loss, params, x)
 
 
@@ -365,8 +382,7 @@ def as_function(net: Node) -> Callable[[PyTree, Any], Any]:
 
     def there(params: PyTree, x: Any) -> tuple[Any, Any]:
         outputs, saved = forward(net, params, x)
-        trace = Trace(x if "x" in net.reads else None, outputs if "y" in net.reads else None, saved)
-        return outputs, (params, trace)
+        return outputs, (params, net.trace(x, outputs, saved))
 
     def back(residuals: Any, delta: Any) -> tuple[PyTree, Any]:
         params, trace = residuals

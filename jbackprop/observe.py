@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from jbackprop.factored import Full, PyTree
-from jbackprop.sweep import Layer, Node, Trace, as_told, forward, rebuild
+from jbackprop.sweep import (
+    Layer,
+    Node,
+    Trace,
+    as_told,
+    by_copy,
+    forward,
+    opened,
+    rebuild,
+    stack_axes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +89,7 @@ class Tapped(_Wrapper):
     def forward(self, params: PyTree, x: Any, key: Array | None = None) -> tuple[Any, Any]:
         own, tap = params
         y, saved = self.inner.forward(own, x, key)
-        return jax.tree.map(jnp.add, y, tap), saved
+        return jax.tree.map(lambda v, t: v if t is None else v + t, y, tap), saved
 
     def backward(self, params: PyTree, trace: Trace, delta: Any) -> tuple[Any, PyTree]:
         own, _ = params
@@ -92,34 +103,52 @@ def activations(
 ) -> OrderedDict[str, Any]:
     """The output of every layer, (B, ...), by path in forward order.
 
+    The copies of a layer in a scanned composite are told apart: `layers[1].layer[0]`, ...
+
     Args:
         net: a layer or a composite.
         params: its parameters.
         x: the inputs, (B, ...).
         key: for layers that draw.
     """
-    return OrderedDict((seen.path, seen.y) for seen in _activations(net, params, x, key))
+    return by_copy(net, _activations(net, params, x, key))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _activations(net: Node, params: PyTree, x: Any, key: Array | None) -> list[Seen]:
-    observed, _ = rebuild(net, params, lambda path, layer, own: (Observed(layer, path), own))
+def _activations(net: Node, params: PyTree, x: Any, key: Array | None) -> dict[str, Any]:
+    return seen(net, params, x, Observed, key)
+
+
+def seen(
+    net: Node,
+    params: PyTree,
+    x: Any,
+    wrap: Callable[[Layer, str], Node],
+    key: Array | None = None,
+) -> dict[str, Any]:
+    """What the layers that `wrap` (layer, path) makes have `Seen` on a forward sweep, by path.
+
+    Of copies in a scanned composite it is stacked, (copies, B, ...).
+    """
+    observed, _ = rebuild(opened(net), params, lambda path, layer, own: (wrap(layer, path), own))
     _, saved = forward(observed, params, x, key)
-    return seen_in(saved)
-
-
-def seen_in(saved: Any) -> list[Seen]:
-    """Every `Seen` in what a forward sweep saved, in forward order."""
     leaves = jax.tree.leaves(saved, is_leaf=lambda node: isinstance(node, Seen))
-    return [leaf for leaf in leaves if isinstance(leaf, Seen)]
+    return {leaf.path: leaf.y for leaf in leaves if isinstance(leaf, Seen)}
 
 
 def tapped(net: Node, params: PyTree, x: Any) -> tuple[Node, PyTree]:
-    """The network with a tap of zeros behind every layer, and its parameters."""
-    shapes = jax.eval_shape(functools.partial(activations, net), params, x)
+    """The network with a tap of zeros behind every layer, and its parameters.
+
+    Behind copies that are scanned the taps are stacked as their parameters are.
+    """
+    shapes = jax.eval_shape(functools.partial(_activations, net, key=None), params, x)
+    stacks = stack_axes(net)
 
     def tap(path: str, layer: Layer, own: PyTree) -> tuple[Node, PyTree]:
-        zeros = jax.tree.map(lambda y: jnp.zeros(y.shape[1:], y.dtype), shapes[path])
-        return Tapped(layer), (own, zeros)
+        def zeros(y: Any) -> Any:
+            shape = y.shape[: stacks[path]] + y.shape[stacks[path] + 1 :]
+            return jnp.zeros(shape, y.dtype) if jnp.issubdtype(y.dtype, jnp.floating) else None
+
+        return Tapped(layer), (own, jax.tree.map(zeros, shapes[path]))
 
     return rebuild(net, params, tap)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jbackprop.factored import PyTree
 from jbackprop.observe import activations
-from jbackprop.sweep import Node, walk
+from jbackprop.sweep import Node, copies, walk
 from jbackprop.table import render
 
 
@@ -34,6 +35,11 @@ def summary(net: Node, x_shape: tuple[int, ...] | None = None) -> str:
         ValueError: layers that do not fit together, at the place where they do not.
     """
     params = jax.eval_shape(net.init, jax.random.key(0))
+    shown: dict[str, str] = {}  # by path, its first copy's
+    number: dict[str, int] = {}
+    for name, path, _ in copies(net):
+        shown.setdefault(path, name)
+        number[path] = number.get(path, 0) + 1
     outputs = {}
     if x_shape is not None:
         x = jax.ShapeDtypeStruct((1, *x_shape), jnp.result_type(float))
@@ -45,8 +51,14 @@ def summary(net: Node, x_shape: tuple[int, ...] | None = None) -> str:
             f"{'.'.join(str(getattr(k, 'key', k)) for k in where)} {leaf.shape}"
             for where, leaf in named
         )
-        shape = str(outputs[path].shape[1:]) if path in outputs else ""
-        rows.append((path, repr(layer), shape, shapes, f"{count(own):,}" if named else ""))
+        output = outputs.get(shown[path])
+        shape = "" if output is None else _shapes(output)
+        times = f" x {number[path]}" if number[path] > 1 else ""
+        rows.append((path, repr(layer) + times, shape, shapes, f"{count(own):,}" if named else ""))
     rows.append(("total", "", "", "", f"{count(params):,}"))
     columns = ["layer", "", "output", "parameters", ">number"]
     return render(columns, rows)
+
+
+def _shapes(output: Any) -> str:
+    return ", ".join(str(leaf.shape[1:]) for leaf in jax.tree.leaves(output))

@@ -18,7 +18,9 @@ import abc
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -51,6 +53,7 @@ class Node(abc.ABC):
         draws: whether forward draws random numbers; only then do keys reach it.
         couples_examples: whether one example's output depends on the other examples.
         inverts: whether `invert` finds the input from the output, so that nobody need keep it.
+        learns: whether its parameters have gradients.
     """
 
     takes_transport: ClassVar[bool] = True
@@ -58,6 +61,7 @@ class Node(abc.ABC):
     draws: ClassVar[Any] = False
     couples_examples: ClassVar[Any] = False
     inverts: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
 
     @abc.abstractmethod
     def init(self, key: Array) -> PyTree:
@@ -379,6 +383,26 @@ def copies(
             yield from copies(child, dot + name, f"{shown_dot}{name}[{i}]", (*index, i))
 
 
+def by_copy(net: Node, found: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """What was found by path, in forward order, the stacks of copies taken apart."""
+    return OrderedDict(
+        (shown, jax.tree.map(operator.itemgetter(index), found[path]) if index else found[path])
+        for shown, path, index in copies(net)
+        if path in found
+    )
+
+
+def layers_by_copy(net: Node) -> dict[str, Layer]:
+    """The layer at every path, as `by_copy` names them."""
+    layers = {path: layer for path, layer, _ in walk(net)}
+    return {shown: layers[path] for shown, path, _ in copies(net)}
+
+
+def stack_axes(net: Node) -> dict[str, int]:
+    """By path, how many axes of copies are in front of what is seen of a layer."""
+    return {path: len(index) for _, path, index in copies(net)}
+
+
 def opened(net: Node) -> Node:
     """The network whose forward sweep saves all that its layers save, wherever they are."""
     if not isinstance(net, Composite):
@@ -399,6 +423,21 @@ def rebuild(
         return node.with_children(layers), node.join(parts)
 
     return assemble(net)
+
+
+def trainable_mask(net: Node, params: PyTree) -> PyTree:
+    """Which parameters learn: a tree like params of bools, False inside `Frozen`.
+
+    For `optax.masked`, so that weight decay leaves frozen parameters alone too.
+
+    Args:
+        net: a layer or a composite.
+        params: its parameters, or their shapes.
+    """
+    if not net.learns or not isinstance(net, Composite):
+        return jax.tree.map(lambda _: net.learns, params)
+    parts = zip(net.children().values(), net.split(params), strict=True)
+    return net.join([trainable_mask(child, part) for child, part in parts])
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from jbackprop.check.precision import FLOOR64, as_given, cast, exactly, float64,
 from jbackprop.check.programs import reached
 from jbackprop.check.report import Figures, Report, composed, demand
 from jbackprop.factored import PyTree, is_factored
-from jbackprop.sweep import Layer, Node, Trace, backward, forward, keep, total
+from jbackprop.sweep import Layer, Node, Trace, backward, forward, keep, total, trainable_mask
 
 
 def layer(
@@ -116,8 +116,7 @@ class _Rule:
 
     def trace(self, params: PyTree, x: Any) -> Trace:
         y, saved = forward(self.layer, params, x, self.key)
-        reads = self.layer.reads
-        return Trace(x if "x" in reads else None, y if "y" in reads else None, saved)
+        return self.layer.trace(x, y, saved)
 
     def swept(self, params: PyTree, x: Any, delta: Any, collect: Any = total) -> tuple[Any, PyTree]:
         """(dC/dx, what is collected)."""
@@ -126,12 +125,17 @@ class _Rule:
     def agreement(
         self, dtype: Any, truth: TruthKind, tolerance: float | None, directions: int, seed: int
     ) -> Report:
+        learn = trainable_mask(self.layer, self.params)
+        learning = jax.tree.map(lambda m, leaf: leaf if m else None, learn, self.params)
+
         def fun(params: PyTree, x: Any) -> Any:
+            params = jax.tree.map(lambda m, p, leaf: p if m else leaf, learn, params, self.params)
             return forward(self.layer, params, x, self.key)[0]
 
-        inputs = Inputs(fun, (self.params, self.x), (0, 1), False)
+        inputs = Inputs(fun, (learning, self.x), (0, 1), False)
         with as_given(dtype):
             delta_x, gradients = jax.jit(self.swept)(self.params, self.x, self.u)
+        gradients = jax.tree.map(lambda m, g: g if m else None, learn, gradients)
         candidates = inputs.match((gradients, delta_x))
         u = [float64(leaf) for leaf in jax.tree.leaves(self.u)]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,8 +29,18 @@ from jbackprop.check.report import Report, composed, demand
 from jbackprop.factored import PyTree, is_factored
 from jbackprop.gradient import check_call, coupling_layer, sweep
 from jbackprop.losses import Loss
-from jbackprop.observe import Observed, Seen, seen_in, tapped
-from jbackprop.sweep import Layer, Node, Trace, backward, forward, rebuild, total, walk
+from jbackprop.observe import Observed, Seen, seen, tapped
+from jbackprop.sweep import (
+    Composite,
+    Layer,
+    Node,
+    backward,
+    forward,
+    stack_axes,
+    total,
+    trainable_mask,
+    walk,
+)
 
 
 def network(
@@ -102,9 +113,7 @@ class _Entered(Observed):
 
 def _inputs(net: Node, params: PyTree, x: Any) -> tuple[dict[str, Any], Any]:
     """The input of every layer, by path; and the outputs of the last."""
-    observed, _ = rebuild(net, params, lambda path, layer, own: (_Entered(layer, path), own))
-    z, saved = forward(observed, params, x)
-    return {seen.path: seen.y for seen in seen_in(saved)}, z
+    return seen(net, params, x, _Entered), forward(net, params, x)[0]
 
 
 class _Check:
@@ -151,7 +160,7 @@ class _Check:
             leaf for found in (verdicts, rules) for key, leaf in found.items() if key[0] == "loss"
         ]
         parts = [composed("loss", repr(self.loss), own)]
-        layers = list(walk(self.net))[::-1]
+        layers = learning(self.net)[::-1]
         for path, layer, _ in layers:
             own = [leaf for key, leaf in rules.items() if key[0] == path]
             mine = [leaf for key, leaf in verdicts.items() if key[0] == path]
@@ -176,28 +185,37 @@ class _Check:
     ) -> None:
         params, x, y = self.point
         leaves, tree = jax.tree.flatten(params)
-        where = _flat(
-            {path: {"gradient": own} for path, _, own in walk(self.net, jax.tree.unflatten(
-                tree, list(range(len(leaves)))
-            ))}
-        )  # fmt: skip
-        if not leaves:
+        learn = jax.tree.leaves(trainable_mask(self.net, params))
+        moving = [i for i, learns in enumerate(learn) if learns]
+        if not moving:
             return
+        numbers = jax.tree.unflatten(tree, list(range(len(leaves))))
+        where = {
+            key: moving.index(i)
+            for key, i in _flat(
+                {path: {"gradient": own} for path, _, own in walk(self.net, numbers)}
+            ).items()
+            if i in moving
+        }
 
-        def cost(leaves: list[Any], data: Any) -> Array:
-            z, _ = forward(self.net, jax.tree.unflatten(tree, leaves), data[0])
-            return jnp.sum(self.loss.value(z, data[1]))
+        def cost(moved: list[Any], data: Any) -> Array:
+            x, y, all_leaves = data
+            at = dict(zip(moving, moved, strict=True))
+            own = [at.get(i, leaf) for i, leaf in enumerate(all_leaves)]
+            return jnp.sum(
+                self.loss.value(forward(self.net, jax.tree.unflatten(tree, own), x)[0], y)
+            )
 
         rng = np.random.default_rng([self.seed, 1])
-        wide = [float64(leaf) for leaf in leaves]
-        data = cast((x, y), "float64")
+        wide = [float64(leaves[i]) for i in moving]
+        data = cast((x, y, leaves), "float64")
         slopes = Slopes(cost, wide, data)
         confirmed: set[int] = set()
         if self.truth == "both":
             own = {i: truths[key] for key, i in where.items()}
             confirmed = confirm_together(
-                [own[i] for i in range(len(leaves))], lambda d: slopes.along(d, data),
-                self.directions, rng, [self.dtype] * len(leaves),
+                [own[i] for i in range(len(wide))], lambda d: slopes.along(d, data),
+                self.directions, rng, [self.dtype] * len(wide),
             )  # fmt: skip
         for key, i in where.items():
             if i in confirmed:
@@ -245,7 +263,7 @@ class _Check:
                     ([np.asarray(z)], [y]),
                 )  # fmt: skip
                 blame = "the loss" if found is verdicts else blame
-        layers = list(walk(self.net, params))
+        layers = learning(self.net, params)
         for path, layer, own in reversed(layers):
             if blame:
                 for key, leaf in verdicts.items():
@@ -263,7 +281,8 @@ class _Check:
                     for name, other, theirs in layers
                     if other != layer and not jax.tree.leaves(theirs)
                 }
-                program, point = self._alone(layer, own, entered[path], true[path]["delta"])
+                delta, axes = true[path]["delta"], stack_axes(self.net)[path]
+                program, point = self._alone(layer, axes, own, entered[path], delta)
                 found = diagnose(suspects, sizes, program, point, neighbours)
                 rules.update(zip(mine, found, strict=True))
                 blame = blame or f"{path}, {layer}"
@@ -282,20 +301,21 @@ class _Check:
             leaf.path, float64(candidate), float64(truth), leaf, np.asarray(parameter), self.dtype
         )
 
-    def _alone(self, layer: Layer, own: PyTree, x: Any, delta: Any) -> Any:
+    def _alone(self, layer: Layer, axes: int, own: PyTree, x: Any, delta: Any) -> Any:
         """A program whose gradient by its active arrays is what the layer's rule is to give."""
         inputs, tree = jax.tree.flatten((own, x))
         moving = [i for i, leaf in enumerate(inputs) if is_float(np.asarray(leaf))]
         labels = list(_flat({"": {"gradient": own, "dC/dx": _floats(x, x)}}))
         order = list(_flat({"": {"gradient": own}})) + list(_flat({"": {"dC/dx": _floats(x, x)}}))
         back = [order.index(label) for label in labels]  # as `rules` has them
+        run = over_copies(lambda own, x: forward(layer, own, x)[0], axes)
 
         def program(active: list[Any], passive: list[Any]) -> Array:
             leaves = list(passive[1])
             for i, j in enumerate(back):
                 leaves[moving[j]] = active[i]
             own, x = jax.tree.unflatten(tree, leaves)
-            z = jax.tree.leaves(forward(layer, own, x)[0])
+            z = jax.tree.leaves(run(own, x))
             return sum(
                 (jnp.sum(u * v) for u, v in zip(passive[0], z, strict=True)), start=jnp.zeros(())
             )
@@ -315,16 +335,21 @@ def _by_autodiff(net: Node, loss: Loss, point: Any) -> dict[str, Any]:
 
     def deltas_of_one(example: Any) -> dict[str, Any]:
         g = jax.grad(cost)(both, *jax.tree.map(lambda leaf: leaf[None], example))
-        return {path: part[1] for path, _, part in walk(net, g)}
+        return {path: part[1] for path, _, part in learning(net, g)}
 
-    deltas = jax.vmap(deltas_of_one)((x, y))
+    stacks = stack_axes(net)
+    deltas = {  # (B, copies, ...) -> (copies, B, ...)
+        path: jax.tree.map(lambda d, k=stacks[path]: jnp.moveaxis(d, 0, k), delta)
+        for path, delta in jax.vmap(deltas_of_one)((x, y)).items()
+    }
     entered, z = _inputs(net, params, x)
     delta = jax.grad(lambda z: jnp.sum(loss.value(z, y)))(z)
     found: dict[str, Any] = {"loss": {"delta": delta, "value": loss.value(z, y)}}
-    for path, _, (own, _) in walk(net, jax.grad(cost)(both, x, y)):
+    for path, _, (own, _) in learning(net, jax.grad(cost)(both, x, y)):
         found[path] = {"delta": deltas[path], "gradient": own}
-    for path, layer, own in walk(net, params):
-        found[path]["dC/dx"] = _by_vjp(layer, own, entered[path], deltas[path])
+    for path, layer, own in learning(net, params):
+        by_vjp = over_copies(functools.partial(_by_vjp, layer), stacks[path])
+        found[path]["dC/dx"] = by_vjp(own, entered[path], deltas[path])
     return found
 
 
@@ -340,7 +365,8 @@ def _by_rule(net: Node, loss: Loss, point: Any) -> dict[str, Any]:
         return {"delta": delta, "gradient": own}
 
     swept = sweep(taps, loss, both, x, y, collect)
-    found = {path: part for path, _, part in walk(net, swept.collected)}
+    parts = ((path, part) for path, _, part in learning(net, swept.collected))
+    found = {path: part if isinstance(part, dict) else {} for path, part in parts}
     value, delta = loss.value_and_delta(swept.outputs, y)  # which is what the sweep starts from
     return found | {"loss": {"delta": delta, "value": value}}
 
@@ -351,14 +377,43 @@ def _by_each_rule(net: Node, loss: Loss, point: Any, deltas: dict[str, Any]) -> 
     params, x, y = point
     entered, z = _inputs(net, params, x)
     found: dict[str, Any] = {"loss": {"delta": loss.delta(z, y)}}
-    for path, layer, own in walk(net, params):
-        x = entered[path]
-        z, saved = forward(layer, own, x)
-        trace = Trace(x if "x" in layer.reads else None, z if "y" in layer.reads else None, saved)
-        delta = jax.tree.map(lambda d, v: d.astype(v.dtype), deltas[path], z)
-        delta_x, own = backward(layer, own, trace, delta, total)
-        found[path] = {"gradient": own, "dC/dx": _floats(delta_x, x)}
+    stacks = stack_axes(net)
+    for path, layer, own in learning(net, params):
+        alone = over_copies(functools.partial(_by_its_rule, layer), stacks[path])
+        found[path] = alone(own, entered[path], deltas[path])
     return found
+
+
+def _by_its_rule(layer: Layer, own: PyTree, x: Any, delta: Any) -> dict[str, Any]:
+    z, saved = forward(layer, own, x)
+    delta = jax.tree.map(lambda v, d: None if d is None else d.astype(v.dtype), z, delta)
+    delta_x, own = backward(layer, own, layer.trace(x, z, saved), delta, total)
+    return {"gradient": own, "dC/dx": _floats(delta_x, x)}
+
+
+def learning(net: Node, tree: PyTree = None) -> list[tuple[str, Layer, PyTree]]:
+    """As `walk`, without what is frozen: there is nothing to compare."""
+
+    def frozen(node: Node, path: str) -> Iterator[str]:
+        if not node.learns:
+            yield path
+        elif isinstance(node, Composite):
+            for name, child in node.children().items():
+                yield from frozen(child, f"{path}.{name}" if path else name)
+
+    paths = list(frozen(net, ""))
+    return [
+        found
+        for found in walk(net, tree)
+        if not any(found[0] == p or found[0].startswith(f"{p}.") or not p for p in paths)
+    ]
+
+
+def over_copies(rule: Callable[..., Any], axes: int) -> Callable[..., Any]:
+    """The rule of one copy for stacks of them."""
+    for _ in range(axes):
+        rule = jax.vmap(rule)
+    return rule
 
 
 def _first(parts: list[Report]) -> str:
@@ -405,10 +460,11 @@ def _by_vjp(layer: Layer, own: PyTree, x: Any, delta: Any) -> Any:
     def of(floats: list[Any]) -> Any:
         left = iter(floats)
         full = [next(left) if m else leaf for m, leaf in zip(moves, leaves, strict=True)]
-        return forward(layer, own, jax.tree.unflatten(tree, full))[0]
+        outputs = jax.tree.leaves(forward(layer, own, jax.tree.unflatten(tree, full))[0])
+        return [y for y in outputs if jnp.issubdtype(y.dtype, jnp.floating)]
 
     _, back = jax.vjp(of, [leaf for m, leaf in zip(moves, leaves, strict=True) if m])
-    found = iter(back(delta)[0])
+    found = iter(back(jax.tree.leaves(delta))[0])
     return jax.tree.unflatten(tree, [next(found) if m else None for m in moves])
 
 

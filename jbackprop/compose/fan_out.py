@@ -51,7 +51,8 @@ class _SideBySide(Variadic):
         xs = (None,) * number if trace.x is None else self._inputs(trace.x)
         ys = (None,) * number if trace.y is None else trace.y
         own, transports, auxes = (self.split(tree) for tree in (params, transport, aux))
-        deltas_x, collected = [], []
+        deltas_x: list[Any] = []
+        collected: list[PyTree] = []
         for i, layer in enumerate(self.layers):
             if delta[i] is None and not jax.tree.leaves(own[i]):  # an output of integers
                 deltas_x.append(None)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
-from jax import Array
+from jax import Array, lax
 
 from jbackprop.factored import Nothing, PyTree, is_factored
 from jbackprop.sweep import Collect, Composite, Node, Trace, backward, forward, inside
@@ -17,7 +17,8 @@ class Frozen(Composite):
     """The layer inside, without gradients of its own; the delta passes through it as ever.
 
     Its gradients are zeros (of the kind `Nothing`), so that no question about the gradient counts
-    it. Weight decay would still change its parameters: hand `trainable_mask` to `optax.masked`.
+    it; `jax.grad` of the forward sweep gives zeros, too. Weight decay would still change its
+    parameters: hand `trainable_mask` to `optax.masked`.
 
     Params: those of the layer inside.
 
@@ -26,6 +27,8 @@ class Frozen(Composite):
     """
 
     layer: Node
+
+    learns: ClassVar[bool] = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.layer})"
@@ -46,7 +49,7 @@ class Frozen(Composite):
 
     def forward(self, params: PyTree, x: Any, key: Array | None) -> tuple[Any, Any]:
         with inside("layer", self.layer):
-            return forward(self.layer, params, x, key)
+            return forward(self.layer, lax.stop_gradient(params), x, key)
 
     def backward(
         self,
@@ -63,18 +66,3 @@ class Frozen(Composite):
 
         with inside("layer", self.layer):
             return backward(self.layer, params, trace, delta, nothing, transport, aux)
-
-
-def trainable_mask(net: Node, params: PyTree) -> PyTree:
-    """Which parameters learn: a tree like params of bools, False inside `Frozen`.
-
-    For `optax.masked`, so that weight decay leaves frozen parameters alone too.
-
-    Args:
-        net: a layer or a composite.
-        params: its parameters, or their shapes.
-    """
-    if isinstance(net, Frozen) or not isinstance(net, Composite):
-        return jax.tree.map(lambda _: not isinstance(net, Frozen), params)
-    parts = zip(net.children().values(), net.split(params), strict=True)
-    return net.join([trainable_mask(child, part) for child, part in parts])

@@ -103,7 +103,7 @@ class Repeat(Composite):
             return self._run(self.n, params, x, keys, keep=True)
         rest, whole = self._segments((params, keys), every)
         if rest is not None:
-            x, _ = self._run(self.n % every, *rest[:1], x, rest[1], keep=False)
+            x, _ = self._run(self.n % every, rest[0], x, rest[1], keep=False)
 
         def segment(x: Any, part: Any) -> tuple[Any, Any]:
             return self._run(every, part[0], x, part[1], keep=False)[0], x
@@ -138,7 +138,7 @@ class Repeat(Composite):
 
         def segment(carry: Any, part: Any) -> tuple[Any, Any]:
             (trees, keys), x = part
-            delta, y, found = again(every, trees, keys, x, *carry[::-1])
+            delta, y, found = again(every, trees, keys, x, carry[1], carry[0])
             return (delta, y), found
 
         (delta, y), found = lax.scan(
@@ -147,7 +147,7 @@ class Repeat(Composite):
         found = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), found)
         if rest is not None:
             delta, x = lax.optimization_barrier((delta, trace.x))  # or nothing would be done again
-            delta, _, first = again(self.n % every, *rest, x, y, delta)
+            delta, _, first = again(self.n % every, rest[0], rest[1], x, y, delta)
             found = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, found)
         return delta, _stacked(found)
 
@@ -203,7 +203,8 @@ class Repeat(Composite):
         found = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
         if found - {(self.n,)}:
             raise ValueError(
-                f"{self}: every parameter needs an axis of {self.n} copies in front, but these have "
+                f"{self}: every parameter needs an axis of {self.n} copies in front, but "
+                f"these have "
                 f"{', '.join(str(list(f)) for f in found)}; make them with init"
             )
 

@@ -15,7 +15,7 @@ from jbackprop.sweep import Collect, Composite, Node, Trace, backward, forward, 
 
 @dataclasses.dataclass(frozen=True)
 class Reversible(Composite):
-    """Additive coupling: the input is in two halves, and either is shifted by a function of the other.
+    """Additive coupling: the input is in two halves, and each shifted by the other.
 
         y_1 = x_1 + f(x_2)        y_2 = x_2 + g(y_1)
 
@@ -78,7 +78,7 @@ class Reversible(Composite):
         transport: PyTree,
         aux: PyTree,
     ) -> tuple[Any, PyTree]:
-        (_, x_2), (f_trace, g_trace) = self._recovered(params, trace.y, trace.saved)
+        _, (f_trace, g_trace) = self._recovered(params, trace.y, trace.saved)
         delta_1, delta_2 = _halves(delta)
         own, transports, auxes = (self.split(tree) for tree in (params, transport, aux))
         with inside("g", self.g):

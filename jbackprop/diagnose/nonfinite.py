@@ -11,7 +11,7 @@ from jbackprop.factored import PyTree
 from jbackprop.gradient import backprop, deltas, gradient
 from jbackprop.losses import Loss
 from jbackprop.observe import activations
-from jbackprop.sweep import Node, walk
+from jbackprop.sweep import Node, layers_by_copy, walk
 
 
 def first_nonfinite(
@@ -28,10 +28,10 @@ def first_nonfinite(
     """
     if not _finite(x):
         return "the inputs x"
-    named = {path: layer for path, layer, _ in walk(net)}
-    for path, _, own in walk(net, params):
+    named = layers_by_copy(net)
+    for path, layer, own in walk(net, params):
         if not _finite(own):
-            return f"the parameters of {path} ({named[path]})"
+            return f"the parameters of {path} ({layer})"
     for path, a in activations(net, params, x, key).items():
         if not _finite(a):
             return f"the output of {path} ({named[path]})"
@@ -41,9 +41,9 @@ def first_nonfinite(
     for path, delta in reversed(deltas(bp).items()):
         if not _finite(delta):
             return f"the delta of {path} ({named[path]}), while all outputs are finite"
-    for path, _, own in walk(net, gradient(bp)):
+    for path, layer, own in walk(net, gradient(bp)):
         if not _finite(own):
-            return f"the gradient of {path} ({named[path]}), while all deltas are finite"
+            return f"the gradient of {path} ({layer}), while all deltas are finite"
     return None
 
 

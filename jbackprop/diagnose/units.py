@@ -12,8 +12,8 @@ from jax import Array
 
 from jbackprop.factored import PyTree
 from jbackprop.layers import Elementwise, Identity
-from jbackprop.observe import Seen, seen_in
-from jbackprop.sweep import Layer, Node, Trace, forward, rebuild, walk
+from jbackprop.observe import Seen, seen
+from jbackprop.sweep import Layer, Node, Trace, by_copy, layers_by_copy
 from jbackprop.table import render
 
 
@@ -64,14 +64,14 @@ def saturation(net: Node, params: PyTree, x: Any, threshold: float = 0.05) -> Sa
     if not threshold > 0:
         raise ValueError(f"threshold must be positive, not {threshold}")
     slopes = _slopes(net, params, x)
-    names = {path: repr(layer) for path, layer, _ in walk(net)}
+    names = {path: repr(layer) for path, layer in layers_by_copy(net).items()}
     found = []
-    for seen in slopes:
-        slope = jnp.abs(seen.y).reshape(seen.y.shape[0], -1)
+    for path, slope in by_copy(net, slopes).items():
+        slope = jnp.abs(slope).reshape(slope.shape[0], -1)
         found.append(
             Saturation(
-                seen.path,
-                names[seen.path],
+                path,
+                names[path],
                 float(jnp.mean(slope < threshold)),
                 float(jnp.mean(jnp.all(slope == 0, axis=0))),
                 slope.shape[1],
@@ -81,15 +81,14 @@ def saturation(net: Node, params: PyTree, x: Any, threshold: float = 0.05) -> Sa
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _slopes(net: Node, params: PyTree, x: Any) -> list[Seen]:
+def _slopes(net: Node, params: PyTree, x: Any) -> dict[str, Array]:
     """f' of every unit: the rule's own product with a delta of ones."""
 
-    def sloped(path: str, layer: Layer, own: PyTree) -> tuple[Node, PyTree]:
+    def sloped(layer: Layer, path: str) -> Node:
         ours = isinstance(layer, Elementwise) and not isinstance(layer, Identity)
-        return (_Sloped(layer, path) if ours else layer), own
+        return _Sloped(layer, path) if ours else layer
 
-    _, saved = forward(*rebuild(net, params, sloped), x)
-    return seen_in(saved)
+    return seen(net, params, x, sloped)
 
 
 @dataclasses.dataclass(frozen=True)
