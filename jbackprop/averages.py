@@ -25,8 +25,8 @@ from jax import Array, lax
 from jbackprop.factored import PyTree, wide_dtype
 from jbackprop.layers.batch_norm import BatchNorm
 from jbackprop.layers.gain import Affine
-from jbackprop.observe import Observed, Seen, seen_in
-from jbackprop.sweep import Layer, Node, batch_size, forward, opened, rebuild, walk
+from jbackprop.observe import Observed, Seen, seen
+from jbackprop.sweep import Layer, Node, batch_size, rebuild, walk
 
 
 class Averages(NamedTuple):
@@ -54,9 +54,14 @@ class _Watched(Observed):
         return y, Seen(self.inner.statistics(x), self.path)
 
 
-def has_batch_norm(net: Node) -> bool:
-    """Whether there is a batch norm in a network."""
-    return any(isinstance(layer, BatchNorm) for _, layer, _ in walk(net))
+def check_folds(net: Node) -> None:
+    """Raise where a layer couples the examples, and `fold_batch_norm` leaves it in its place."""
+    for path, layer, _ in walk(net):
+        if layer.couples_examples and not isinstance(layer, BatchNorm):
+            raise ValueError(
+                f"{path} ({layer}) couples the examples, and is no BatchNorm whose statistics can "
+                "be fixed: there is no output of one example to evaluate"
+            )
 
 
 def batch_averages(net: Node, params: PyTree, x: Any, key: Array | None = None) -> State:
@@ -76,18 +81,17 @@ def batch_averages(net: Node, params: PyTree, x: Any, key: Array | None = None) 
     """
     if batch_size(x) == 0:
         raise ValueError("the batch is empty: it has no statistics")
-    return {seen.path: Averages(*seen.y) for seen in _batch_averages(net, params, x, key)}
+    return _batch_averages(net, params, x, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _batch_averages(net: Node, params: PyTree, x: Any, key: Array | None) -> list[Seen]:
-    def watch(path: str, layer: Layer, own: PyTree) -> tuple[Node, PyTree]:
-        return (_Watched(layer, path) if isinstance(layer, BatchNorm) else layer), own
+def _batch_averages(net: Node, params: PyTree, x: Any, key: Array | None) -> State:
+    def watch(layer: Layer, path: str) -> Node:
+        return _Watched(layer, path) if isinstance(layer, BatchNorm) else layer
 
-    watched, own = rebuild(net, params, watch)
-    _, saved = forward(opened(watched), own, x, key)
     # They are the same for every example, (..., B, channels): those of the first.
-    return [Seen(jax.tree.map(lambda v: v[..., 0, :], s.y), s.path) for s in seen_in(saved)]
+    found = seen(net, params, x, watch, key)
+    return {path: Averages(m[..., 0, :], v[..., 0, :]) for path, (m, v) in found.items()}
 
 
 def update_averages(state: State | None, new: State, momentum: float | Array = 0.9) -> State:
@@ -127,11 +131,11 @@ def mean_averages(net: Node, params: PyTree, batches: Iterable[Any]) -> State:
         batches: inputs, (B, ...) each.
     """
     state: State | None = None
-    seen = 0
+    number = 0
     for x in batches:
         n = batch_size(x)
-        state = update_averages(state, batch_averages(net, params, x), seen / (seen + n))
-        seen += n
+        state = update_averages(state, batch_averages(net, params, x), number / (number + n))
+        number += n
     if state is None:
         raise ValueError("there is no mini-batch to take statistics of")
     return state

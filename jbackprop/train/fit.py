@@ -14,9 +14,10 @@ import numpy as np
 import optax
 from jax import Array
 
+from jbackprop.averages import State, check_folds, fold_batch_norm, mean_averages
 from jbackprop.diagnose.nonfinite import first_nonfinite
 from jbackprop.factored import PyTree
-from jbackprop.gradient import value_grad_outputs
+from jbackprop.gradient import refuse_coupling, value_grad_outputs
 from jbackprop.losses import Loss
 from jbackprop.sweep import Node, forward
 from jbackprop.train.checks import check_batch_size, check_data
@@ -90,6 +91,9 @@ class Fit:
             with "validation_" in front, after the epoch.
         stopped: "finished", "early", "callback" or "interrupted" (Ctrl-C).
         best_epoch: with early stopping the epoch, from 1, that params are from; else None.
+        averages: by path, the statistics of every batch norm under params: means over the training
+            data, in mini-batches as in training. `fold_batch_norm(net, params, averages)` is the
+            network to predict and evaluate with. {} where there is no batch norm.
     """
 
     params: PyTree
@@ -97,6 +101,7 @@ class Fit:
     history: dict[str, list[float]]
     stopped: str
     best_epoch: int | None
+    averages: State = dataclasses.field(default_factory=dict)
 
 
 class NonFiniteError(FloatingPointError):
@@ -164,7 +169,7 @@ def fit(
             and counts in the history for as many examples as it has.
         key: shuffles the data, anew in each epoch (not in batch gradient descent), and serves
             layers that draw.
-        validation: (x, y) to evaluate on after each epoch.
+        validation: (x, y) to evaluate on after each epoch; with batch norms folded, see `Fit`.
         metrics: by name, functions (outputs, targets) -> (B,); see `jbackprop.metrics`.
         callbacks: each is called with an `Epoch` after every epoch; training stops when one returns
             something true.
@@ -198,6 +203,8 @@ def fit(
             f"EarlyStopping watches {early_stopping.monitor!r}, but the history will have "
             f"{', '.join(recorded)}; give validation data, or another monitor"
         )
+    if held_out:
+        check_folds(net)
     task = _Task(net, loss, optimizer, names)
     run = _Run(task, params, x, y, size, key)
     keeper = _Keeper(early_stopping, params)
@@ -209,7 +216,8 @@ def fit(
         for number in range(1, epochs + 1):
             values = run.epoch(number, history)
             if held_out:
-                found = evaluate(net, loss, run.params, held_out, dict(names))
+                fixed, own = run.folded()
+                found = evaluate(fixed, loss, own, held_out, dict(names))
                 values |= {f"validation_{name}": value for name, value in found.items()}
             keeper.look(number, values, run.params)
             for name, value in values.items():
@@ -228,7 +236,8 @@ def fit(
     finally:
         bar.close()
     best = keeper.params if early_stopping and keeper.epoch else run.params
-    return Fit(best, run.opt_state, history, stopped, keeper.epoch)
+    averages = run.averages(best)
+    return Fit(best, run.opt_state, history, stopped, keeper.epoch, averages)
 
 
 class _Keeper:
@@ -278,6 +287,19 @@ class _Run:
                 waiting, before = [], (self.params, self.opt_state, self._step)
         self._look(waiting, before, sums, history)
         return {name: sums[name] / self._n for name in ("loss", *self._task.names)}
+
+    def averages(self, params: PyTree) -> State:
+        """The statistics of all batch norms over the training data; the same for equal params."""
+        if not self._task.net.couples_examples:
+            return {}
+        batches = (_take(self._x, batch) for batch in self._batches(1))
+        return mean_averages(self._task.net, params, batches)
+
+    def folded(self) -> tuple[Node, PyTree]:
+        """The network to evaluate, and its parameters."""
+        if not self._task.net.couples_examples:
+            return self._task.net, self.params
+        return fold_batch_norm(self._task.net, self.params, self.averages(self.params))
 
     def _batches(self, number: int) -> Iterator[np.ndarray | None]:
         """The indices of each batch; None for the whole data as it is."""
@@ -405,8 +427,9 @@ def evaluate(
         {"loss": ..., name: ...}, means over the examples.
 
     Raises:
-        ValueError, TypeError: data or parameters that do not fit.
+        ValueError, TypeError: data or parameters that do not fit; a layer that couples examples.
     """
+    refuse_coupling(net, "a cost")
     x, y = check_data("data", net, loss, params, data)
     n = len(jax.tree.leaves(y)[0])
     sums: dict[str, float] = {}
