@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jbackprop.factored import Factored, PyTree, is_factored, weighted
+from jbackprop.factored import Factored, PyTree, is_factored, weighted, wide_dtype
 from jbackprop.losses import Loss
 from jbackprop.sweep import (
     Collect,
@@ -122,15 +122,20 @@ def sweep(
             f"{outputs.shape}; they must be {outputs.shape[:1]}, one cost for each example, and "
             f"{outputs.shape}"
         )
-    if isinstance(output_weights, float):
-        delta = output_weights * delta
-    elif output_weights is not None:
-        delta = weighted(output_weights, delta).astype(delta.dtype)
+    delta = _scaled(delta, output_weights)
     # The delta is read by several; made once, it keeps XLA from making it anew for each of them.
     losses, delta = jax.lax.optimization_barrier((losses, delta))
     trace = net.trace(x, outputs, saved)
     delta_x, collected = backward(net, params, trace, delta, collect, transport, aux)
     return Swept(losses, outputs, delta_x, collected)
+
+
+def _scaled(delta: Array, weights: Array | float | None) -> Array:
+    if weights is None:
+        return delta
+    if isinstance(weights, float):
+        return weights * delta
+    return weighted(weights, delta).astype(delta.dtype)
 
 
 def check_call(net: Any, loss: Any, params: Any, x: Any, y: Any) -> None:
@@ -282,12 +287,17 @@ def value_and_grad(net: Node, loss: Loss) -> Callable[..., tuple[Array, PyTree]]
         sum_n weights_n C_n, a scalar of float32 at least, and grads are its gradient, in the
         shapes and dtypes of params. The weights (B,) default to 1/B: the mean; ones give the sum.
         An example of weight 0 is not there, even if it holds NaN. It raises as `backprop` does.
+
+        A loss that fuses with the last linear map, such as `FusedSoftmaxCrossEntropy`, needs a
+        network that ends in one; the network's outputs are then never whole.
     """
 
     def call(
         params: PyTree, x: Any, y: Any, weights: Array | None = None, key: Array | None = None
     ) -> tuple[Array, PyTree]:
-        value, grads, _ = value_grad_outputs(net, loss, params, x, y, weights, key)
+        value, grads, _ = value_grad_outputs(
+            net, loss, params, x, y, weights, key, outputs=not loss.fuses
+        )
         return value, grads
 
     return call
@@ -301,13 +311,22 @@ def value_grad_outputs(
     y: Any,
     weights: Array | None = None,
     key: Array | None = None,
+    *,
+    outputs: bool = True,
 ) -> tuple[Array, PyTree, Any]:
-    """As `value_and_grad` has it, with the network's outputs as third."""
+    """As `value_and_grad` has it, with the network's outputs as third.
+
+    Where they are not wanted, a loss that can do without them does, and they are None.
+    """
     check_call(net, loss, params, x, y)
     weights = None if weights is None else jnp.asarray(weights)
-    value, grads, outputs = _value_grad_outputs(net, loss, params, x, y, weights, key)
-    loss.check(jnp.shape(outputs), y)
-    return value, grads, outputs
+    if loss.fuses and not outputs:
+        value, grads = _fused_value_grad(net, loss, params, x, y, weights, key)
+        loss.check((*jnp.shape(y), net.behead(params).w.shape[1]), y)
+        return value, grads, None
+    value, grads, found = _value_grad_outputs(net, loss, params, x, y, weights, key)
+    loss.check(jnp.shape(found), y)
+    return value, grads, found
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -322,23 +341,58 @@ def _value_grad_outputs(
 ) -> tuple[Array, PyTree, Any]:
     n = batch_size(x)
     _check_weights(weights, n)
-    collect, divisor = total, 1
-    output_weights: Any = None
-    if weights is None and _is_half(params):
-        divisor = n  # delta / n could underflow in float16: the sum, in float32, is divided
-    elif weights is None:
-        output_weights = 1 / n
-    elif net.couples_examples:
-        output_weights = weights
-    else:
-        collect = leafwise(lambda pair: pair.total(weights))
+    collect, divisor, output_weights = _weighting(net, params, weights, n)
     swept = sweep(net, loss, params, x, y, collect, key=key, output_weights=output_weights)
-    losses = swept.losses
-    value = jnp.mean(losses) if weights is None else jnp.sum(weighted(weights, losses))
     grads = jax.tree.map(
         lambda g, p: (g if divisor == 1 else g / divisor).astype(p.dtype), swept.collected, params
     )
-    return value, grads, swept.outputs
+    return _value(swept.losses, weights), grads, swept.outputs
+
+
+def _weighting(
+    net: Node, params: PyTree, weights: Array | None, n: int
+) -> tuple[Collect, int, Any]:
+    """Where the weights enter: what collects, what divides its sums, what multiplies the delta."""
+    if weights is None and _is_half(params):
+        return total, n, None  # delta / n could underflow in float16: the sum is divided
+    if weights is None:
+        return total, 1, 1 / n
+    if net.couples_examples:
+        return total, 1, weights
+    return leafwise(lambda pair: pair.total(weights)), 1, None
+
+
+def _value(losses: Array, weights: Array | None) -> Array:
+    return jnp.mean(losses) if weights is None else jnp.sum(weighted(weights, losses))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fused_value_grad(
+    net: Node,
+    loss: Loss,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    weights: Array | None,
+    key: Array | None,
+) -> tuple[Array, PyTree]:
+    """The same where the loss takes over the last linear map."""
+    n = batch_size(x)
+    _check_weights(weights, n)
+    collect, divisor, output_weights = _weighting(net, params, weights, n)
+    outputs = jax.eval_shape(lambda p, x: forward(net, p, x, key)[0], params, x)  # it may raise
+    loss.check(outputs.shape, y)
+    body, body_params, w, b, rejoin = net.behead(params)
+    h, saved = (x, None) if body is None else forward(body, body_params, x, key)
+    even = jnp.full(n, 1 / max(n, 1), wide_dtype(outputs.dtype))
+    head = loss.head(h, w, b, y, even if weights is None else weights)
+    grads: PyTree = ()
+    if body is not None:
+        delta = _scaled(head.delta_h, output_weights)
+        _, grads = backward(body, body_params, body.trace(x, h, saved), delta, collect)
+        grads = jax.tree.map(lambda g: g if divisor == 1 else g / divisor, grads)
+    grads = rejoin(grads, head.w_grad, head.b_grad)
+    return _value(head.losses, weights), jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
 def _is_half(params: PyTree) -> bool:

@@ -44,6 +44,24 @@ class Trace(NamedTuple):
     saved: Any
 
 
+class Beheaded(NamedTuple):
+    """A network without its last linear map z = h w + b.
+
+    Attributes:
+        body: what comes before it; None if that is nothing.
+        body_params: the parameters of the body.
+        w: (p, q).
+        b: (q,), or None.
+        rejoin: (gradients of the body, of w, of b) -> a tree like the network's params.
+    """
+
+    body: Node | None
+    body_params: PyTree
+    w: Array
+    b: Array | None
+    rejoin: Callable[[PyTree, Array, Any], PyTree]
+
+
 class Node(abc.ABC):
     """What layers and composites have in common.
 
@@ -74,6 +92,10 @@ class Node(abc.ABC):
     def invert(self, params: PyTree, y: Any, saved: Any) -> Any:
         """The input, from the output; for those that say `inverts`."""
         raise NotImplementedError(f"{self} does not invert")
+
+    def behead(self, params: PyTree) -> Beheaded:
+        """The network without the linear map that it ends in; for losses that take that over."""
+        raise ValueError(f"a network that ends in a Dense (or is a Tied) is needed, not in {self}")
 
 
 class Layer(Node):

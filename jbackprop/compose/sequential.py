@@ -10,7 +10,7 @@ from jax import Array
 
 from jbackprop.compose.variadic import Variadic
 from jbackprop.factored import PyTree
-from jbackprop.sweep import Collect, Trace, backward, forward, inside, keys_for
+from jbackprop.sweep import Beheaded, Collect, Trace, backward, forward, inside, keys_for
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
@@ -72,6 +72,25 @@ class Sequential(Variadic):
                 )
             collected.append(found)
         return delta, tuple(reversed(collected))
+
+    def behead(self, params: PyTree) -> Beheaded:
+        if type(self).forward is not Sequential.forward:  # a subclass may compute something else
+            return super().behead(params)
+        *first, last = self.layers
+        *own, own_last = self.split(params)
+        with inside(f"layers[{len(first)}]", last):
+            body, body_params, w, b, rejoin_last = last.behead(own_last)
+        if body is not None:
+            first.append(body)
+            own.append(body_params)
+        if not first:
+            return Beheaded(None, (), w, b, lambda _, *head: (rejoin_last((), *head),))
+
+        def rejoin(grads: PyTree, w_grad: Array, b_grad: Any) -> PyTree:
+            before, after = (grads, ()) if body is None else (grads[:-1], grads[-1])
+            return (*before, rejoin_last(after, w_grad, b_grad))
+
+        return Beheaded(Sequential(*first), tuple(own), w, b, rejoin)
 
     def _kept(self, i: int) -> bool:
         """Whether the boundary behind layer i is stored here; the ends are the caller's."""

@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.nn import initializers
 
 from jbackprop.factored import Outer, PyTree, Shift
-from jbackprop.sweep import Layer, Trace
+from jbackprop.sweep import Beheaded, Layer, Trace
 
 Init = Callable[[Array, tuple[int, ...], Any], Array]
 """An initialiser (key, shape, dtype) -> array, as in `jax.nn.initializers`."""
@@ -104,6 +104,15 @@ class Dense(Layer):
         if self.bias:
             factored["b"] = Shift.of(delta)
         return delta_x.astype(x.dtype), factored
+
+    def behead(self, params: PyTree) -> Beheaded:
+        if type(self).forward is not Dense.forward:  # a subclass may compute something else
+            return super().behead(params)
+
+        def rejoin(_: PyTree, w_grad: Array, b_grad: Any) -> PyTree:
+            return {"w": w_grad} | ({"b": b_grad} if self.bias else {})
+
+        return Beheaded(None, (), params["w"], params.get("b"), rejoin)
 
     def _check(self, params: PyTree, x: Array) -> None:
         if jnp.ndim(x) == 0 or x.shape[-1] != self.p:

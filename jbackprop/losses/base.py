@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,22 @@ from jax import Array
 from jbackprop.factored import wide_dtype
 
 
+class Head(NamedTuple):
+    """What a loss that is fused with the last linear map gives for a mini-batch.
+
+    Attributes:
+        losses: C_n, (B,), unscaled.
+        delta_h: dC_n/dh_n, in the shape and dtype of h, unscaled.
+        w_grad: sum_n weights_n dC_n/dw, (p, V), float32 at least.
+        b_grad: the same of b, (V,); None without a b.
+    """
+
+    losses: Array
+    delta_h: Array
+    w_grad: Array
+    b_grad: Array | None
+
+
 class Loss(abc.ABC):
     """The cost of each example, and its delta: the gradient with respect to the loss's input z.
 
@@ -20,7 +36,13 @@ class Loss(abc.ABC):
     constants) and give `value` and `delta`. Losses ship with
     one convention: the cost of an example *sums* over the last axis (outputs, classes) and is the
     *mean* over the axes between the batch and the last (positions), of which there often are none.
+
+    Attributes:
+        fuses: whether it can do without the net inputs: `head` then takes the inputs of the
+            network's last linear map; see `FusedSoftmaxCrossEntropy`.
     """
+
+    fuses: ClassVar[bool] = False
 
     @abc.abstractmethod
     def value(self, z: Array, y: Any) -> Array:
@@ -37,6 +59,14 @@ class Loss(abc.ABC):
     def predict(self, z: Array) -> Array:
         """What the user calls the output, from net outputs z; z itself unless overridden."""
         return z
+
+    def head(self, h: Array, w: Array, b: Array | None, y: Any, weights: Array) -> Head:
+        """Costs and gradients from the inputs of the last linear map; for those that `fuses`."""
+        raise NotImplementedError(f"{self} needs the net inputs")
+
+    def head_losses(self, h: Array, w: Array, b: Array | None, y: Any) -> Array:
+        """The costs alone, (B,)."""
+        raise NotImplementedError(f"{self} needs the net inputs")
 
     def check(self, z_shape: tuple[int, ...], y: Any) -> None:  # noqa: B027, checking is optional
         """Raise where targets do not fit outputs of this shape; values only where y is concrete."""

@@ -105,21 +105,26 @@ class SoftmaxCrossEntropy(Canonical):
         w = jnp.asarray(self.class_weights or (1.0,) * classes, z.dtype)
         if not jnp.issubdtype(y.dtype, jnp.integer):
             return self._spread(y.astype(z.dtype), w)
-        if y.dtype.itemsize < 4:  # an int8 cannot count 300 classes
-            y = y.astype(jnp.int32)
-        # A label out of range weighs NaN: it must not pass for a place without a target.
-        mass = jnp.where((y >= 0) & (y < classes), jnp.ones((), z.dtype), jnp.nan)
-        if self.ignore_index is not None:
-            counted = y != self.ignore_index
-            number = jnp.sum(counted.reshape(len(y), -1), axis=1).astype(z.dtype)
-            scale = (y[0].size / jnp.maximum(number, 1)).reshape((-1,) + (1,) * (y.ndim - 1))
-            mass = jnp.where(counted, mass * scale, 0)
+        y, mass = self.labels(y, classes, z.dtype)
         if self.label_smoothing:
             hot = jax.nn.one_hot(y, classes, dtype=z.dtype)
             return self._spread(hot, w, mass)
         if self.class_weights is not None:
             mass = mass * jnp.take(w, y, mode="clip")
         return _Targets(y, None, mass)
+
+    def labels(self, y: Array, classes: int, dtype: Any) -> tuple[Array, Array]:
+        """Integer labels, and what each counts: T / (number of places that count), or 0 or NaN."""
+        if y.dtype.itemsize < 4:  # an int8 cannot count 300 classes
+            y = y.astype(jnp.int32)
+        # A label out of range weighs NaN: it must not pass for a place without a target.
+        mass = jnp.where((y >= 0) & (y < classes), jnp.ones((), dtype), jnp.nan)
+        if self.ignore_index is not None:
+            counted = y != self.ignore_index
+            number = jnp.sum(counted.reshape(len(y), -1), axis=1).astype(dtype)
+            scale = (y[0].size / jnp.maximum(number, 1)).reshape((-1,) + (1,) * (y.ndim - 1))
+            mass = jnp.where(counted, mass * scale, 0)
+        return y, mass
 
     def _spread(self, y: Array, w: Array, mass: Array | None = None) -> _Targets:
         """The weights of targets that are spread over the classes."""
