@@ -22,11 +22,12 @@ types: $(VENV)/ready
 	$(VENV)/bin/mypy
 
 tests: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -n $(JOBS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup
+	XLA_FLAGS= $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup -m as_shipped
 
 # The oldest supported JAX: every test of the rules, the calls and training.
 tests-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python -m pytest -n $(JOBS) -m "not newest"
+	$(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "not newest"
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/gradient.py

@@ -1,10 +1,19 @@
-"""Strict configuration: float64 is there to be the truth, and nothing is promoted silently."""
+"""Strict configuration: float64 is there to be the truth, and nothing is promoted silently.
+
+Most of the time of the tests is XLA's, compiling programs that run once. So it compiles them with
+little optimisation, unless XLA_FLAGS says otherwise. What is about the program as users get it
+(its speed, its memory, what is in it, and every rule once) is marked `as_shipped`, and runs where
+XLA_FLAGS is set to nothing: `make test` does both.
+"""
 
 import os
 from pathlib import Path
 
-import jax
-import pytest
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+quick = os.environ.setdefault("XLA_FLAGS", QUICK) == QUICK  # before JAX is imported
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -13,6 +22,17 @@ _CACHE = os.environ.get("JBACKPROP_TEST_CACHE", Path(__file__).parent.parent / "
 if jax.__version_info__ >= (0, 8):  # on the CPU JAX 0.6 reads loops back that compute other numbers
     jax.config.update("jax_compilation_cache_dir", str(_CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of one case go to one worker, where they share what they compile."""
+    skip = pytest.mark.skip(reason="about programs as they ship: run with XLA_FLAGS=''")
+    for item in items:
+        if quick and item.get_closest_marker("as_shipped"):
+            item.add_marker(skip)
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        if hasattr(case, "name"):
+            item.add_marker(pytest.mark.xdist_group(case.name))
 
 
 @pytest.fixture

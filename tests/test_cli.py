@@ -24,6 +24,7 @@ def run(*args, cwd=None):
     )  # fmt: skip
 
 
+@pytest.mark.as_shipped
 def test_demo_learns_the_digits_and_proves_it(tmp_path):
     done = run("demo", "--quick", "--output", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
@@ -36,6 +37,7 @@ def test_demo_learns_the_digits_and_proves_it(tmp_path):
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize("seed", [1, 2])
 def test_demo_is_no_lucky_seed(tmp_path, seed):
     done = run("demo", "--quick", "--output", tmp_path, "--seed", seed)
@@ -298,6 +300,7 @@ def test_check_of_ones_own_that_cannot_be_run(tmp_path, monkeypatch, capsys):
     assert "--only" in capsys.readouterr().err
 
 
+@pytest.mark.as_shipped
 def test_bench_prints_ratios():
     done = run("bench", "--only", "784-128-10 tanh", "--seconds", 0.2, "--json")
     assert done.returncode == 0, done.stderr

@@ -478,6 +478,7 @@ def test_token_ids_and_tuples_go_through(key):
 
 
 @pytest.mark.newest  # XLA's schedule is another with each version: on JAX 0.6.0 one takes 1.07
+@pytest.mark.as_shipped
 def test_temporary_memory_is_at_most_that_of_autodiff():
     """Deterministic: what the compiler says, for the benchmark's workloads."""
     from jbackprop import bench

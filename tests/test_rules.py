@@ -3,162 +3,234 @@
 import inspect
 import pickle
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from truth import assert_close, each_grad, mean_cost, relative
+from truth import assert_close, assert_same, each_grad, mean_cost, relative
 
 import jbackprop as jb
-from jbackprop import catalogue, layers, losses, sweep
+from jbackprop import catalogue, compose, layers, losses, sweep
+from jbackprop.check.programs import reached
 from jbackprop.factored import is_factored
 
 CASES = catalogue.cases()
-LEAVES = [c for c in CASES if isinstance(c.net, jb.Layer)]
-by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-each_leaf = pytest.mark.parametrize("case", LEAVES, ids=lambda case: case.name)
+RULES = [c for c in CASES if isinstance(c.rule, sweep.Node)]
+LEAVES = [c for c in RULES if isinstance(c.rule, jb.Layer)]
+ALONE = [c for c in RULES if not c.net.couples_examples]
+"""Those whose examples do not reach each other's costs."""
+DTYPES = ["float64", "float32", "bfloat16", "float16"]
 
 
-def traced(case):
-    """The trace and a delta of a leaf's case."""
-    y, saved = jb.forward(case.net, case.params, case.x)
-    reads = case.net.reads
-    trace = jb.Trace(case.x if "x" in reads else None, y if "y" in reads else None, saved)
-    return trace, case.loss.delta(y, case.y)
+def named(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
-@by_name
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def own(case):
+    """The parameters of the rule that is tried."""
+    return case.params if case.net is case.rule else case.params[0]
+
+
+def traced(case, x=None, key=None):
+    """The rule's trace and a random delta."""
+    x = case.x if x is None else x
+    y, saved = jb.forward(case.rule, own(case), x, key)
+    return case.rule.trace(x, y, saved), random_like(y, len(case.name))
+
+
+def random_like(tree, seed):
+    """Numbers for the floating-point leaves; None for the others."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda v: jnp.asarray(rng.standard_normal(v.shape), v.dtype) if is_float(v) else None, tree
+    )
+
+
+def is_float(v):
+    return jnp.issubdtype(jnp.result_type(v), jnp.floating)
+
+
+@pytest.fixture
+def op_by_op():
+    """Nothing is compiled but single operations, which all rules share: that is much cheaper."""
+    with jax.disable_jit():
+        yield
+
+
+@named(CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_agrees_with_autodiff_in_float64(case, dtype):
     truth = "both" if dtype == "float64" else "autodiff"  # which numbers have confirmed there
-    verdict = jb.check.network(case.net, case.loss, case.params, case.x, case.y, dtype, truth)
+    verdict = case.check(dtype, truth)
     assert verdict.ok, f"{case.name}\n{verdict}"
     assert len(verdict.leaves) > 2
 
 
 @pytest.mark.newest
-@by_name
+@pytest.mark.usefixtures("op_by_op")
+@named(CASES)
 def test_value_and_gradient_are_those_of_jax_grad(case):
-    truth = jax.value_and_grad(lambda p: mean_cost(case.net, case.loss, p, case.x, case.y))(
-        case.params
-    )
-    assert_close(jb.value_and_grad(case.net, case.loss)(case.params, case.x, case.y), truth)
-
-
-@by_name
-def test_per_example_questions_are_those_of_vmap_grad(case):
-    bp = jb.backprop(case.net, case.loss, case.params, case.x, case.y)
-    truth = each_grad(case.net, case.loss, case.params, case.x, case.y)
-    pairs = jax.tree.leaves(bp.factored, is_leaf=is_factored)
-    n = len(case.x)
-    for pair, g in zip(pairs, jax.tree.leaves(truth), strict=True):
-        flat = g.reshape(n, -1)
-        assert relative(pair.each(), g) <= 1e-12
-        assert relative(pair.total(), g.sum(0)) <= 1e-12
-        assert relative(pair.square_norm(), (flat**2).sum(1)) <= 1e-12
-        assert relative(pair.second_moment(), (g**2).sum(0)) <= 1e-12
-        assert relative(pair.gram(pair), flat @ flat.T) <= 1e-12
-        assert relative(pair.dot(pair), (flat**2).sum(1)) <= 1e-12
+    """Random draws included."""
+    at = case.x, case.y
+    truth = jax.value_and_grad(
+        lambda p: mean_cost(case.net, case.loss, p, *at, case.key),
+    )(case.params)
+    found = jb.value_and_grad(case.net, case.loss)(case.params, *at, key=case.key)
+    assert_close(found, truth, zero=1e-14)
 
 
 @pytest.mark.newest
-class TestVariants(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_jit_equals_eager(self):
-        for case in CASES:
-            call = self.variant(jb.value_and_grad(case.net, case.loss))
-            with jax.disable_jit():
-                slow = jb.value_and_grad(case.net, case.loss)(case.params, case.x, case.y)
-            chex.assert_trees_all_close(
-                call(case.params, case.x, case.y), slow, rtol=1e-13, atol=1e-15
-            )
+@pytest.mark.as_shipped
+@named(CASES)
+def test_under_jit_it_is_the_same(case):
+    call = jb.value_and_grad(case.net, case.loss)
+    found = jax.jit(call)(case.params, case.x, case.y, key=case.key)
+    with jax.disable_jit():
+        slow = call(case.params, case.x, case.y, key=case.key)
+    assert_close(found, slow, 1e-13, zero=1e-15)
 
 
-@each_leaf
+@pytest.mark.usefixtures("op_by_op")
+@named([c for c in CASES if not c.net.couples_examples])
+def test_per_example_questions_are_those_of_vmap_grad(case):
+    bp = jb.backprop(case.net, case.loss, case.params, case.x, case.y)
+    truth = jax.tree.leaves(each_grad(case.net, case.loss, case.params, case.x, case.y))
+    pairs = jax.tree.leaves(bp.factored, is_leaf=is_factored)
+    assert len(pairs) == len(truth)
+    w = jnp.asarray(np.random.default_rng(0).standard_normal(case.batch))
+    rows = [g.reshape(case.batch, -1) for g in truth]
+    answers = {
+        "each": ([p.each() for p in pairs], truth),
+        "total": ([p.total() for p in pairs], [g.sum(0) for g in truth]),
+        "weighted": ([p.total(w) for p in pairs], [np.tensordot(w, g, 1) for g in truth]),
+        "square_norm": ([p.square_norm() for p in pairs], [(r**2).sum(1) for r in rows]),
+        "second_moment": ([p.second_moment() for p in pairs], [(g**2).sum(0) for g in truth]),
+        "gram": ([p.gram(p) for p in pairs], [r @ r.T for r in rows]),
+        "dot": ([p.dot(p) for p in pairs], [(r**2).sum(1) for r in rows]),
+    }
+    for found, due in answers.values():
+        assert_close(found, due, zero=1e-14)
+
+
+@pytest.mark.usefixtures("op_by_op")
+@named(RULES)
 def test_backward_is_linear_in_delta(case):
     trace, delta = traced(case)
 
     def collected(delta):
-        return jb.backward(case.net, case.params, trace, delta, sweep.total)
+        return jb.backward(case.rule, own(case), trace, delta, sweep.total)
 
-    zeros = collected(jnp.zeros_like(delta))
+    zeros = collected(jax.tree.map(jnp.zeros_like, delta))
     assert all(not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(zeros))
-    other = jnp.flip(delta, 0)
-    combined = collected(2 * delta - 3 * other)
+    other = jax.tree.map(lambda d: jnp.flip(d, 0), delta)
+    combined = collected(jax.tree.map(lambda a, b: 2 * a - 3 * b, delta, other))
     separate = jax.tree.map(lambda a, b: 2 * a - 3 * b, collected(delta), collected(other))
-    assert_close(combined, separate, 1e-13)
+    assert_same(combined, separate)
 
 
-@each_leaf
+@pytest.mark.usefixtures("op_by_op")
+@named(RULES)
 def test_adjoint_identity(case):
-    """<J v, u> = <v, J^T u> for the Jacobian of the layer at x."""
+    """<J v, u> = <v, J^T u> for the Jacobian of the rule at its input and its parameters."""
     trace, u = traced(case)
-    v = jnp.sin(jnp.arange(case.x.size, dtype=float)).reshape(case.x.shape)
-    _, jv = jax.jvp(lambda x: jb.forward(case.net, case.params, x)[0], (case.x,), (v,))
-    delta_x, _ = jb.backward(case.net, case.params, trace, u, sweep.keep)
-    assert abs(jnp.sum(jv * u) - jnp.sum(v * delta_x)) <= 1e-13 * jnp.sum(jnp.abs(jv * u))
+    point = own(case), case.x
+    v = random_like(point, 1)
+
+    def along(moving):
+        moved = jax.tree.map(lambda p, m: p if m is None else m, point, moving)
+        return [y for y in jax.tree.leaves(jb.forward(case.rule, *moved)[0]) if is_float(y)]
+
+    moving = jax.tree.map(lambda p: p if is_float(p) else None, point)
+    _, jv = jax.jvp(along, (moving,), (v,))
+    delta_x, gradients = jb.backward(case.rule, own(case), trace, u, sweep.total)
+    there = [j * d for j, d in zip(jv, jax.tree.leaves(u), strict=True)]
+    back = zip(jax.tree.leaves(v), jax.tree.leaves((gradients, delta_x)), strict=True)
+    here = [d * g for d, g in back]
+    size = sum(float(np.sum(np.abs(term))) for term in there)
+    assert abs(sum(map(np.sum, there)) - sum(map(np.sum, here))) <= 1e-13 * size
 
 
-@each_leaf
+@pytest.mark.usefixtures("op_by_op")
+@named(ALONE)
 def test_vmap_over_the_batch_equals_a_loop(case):
-    trace, delta = traced(case)
-    delta_x, factored = jb.backward(case.net, case.params, trace, delta, sweep.keep)
-    each = jax.tree.map(lambda pair: pair.each(), factored, is_leaf=is_factored)
-    for n in range(len(case.x)):
-        one = jax.tree.map(lambda v, n=n: v[n : n + 1], trace)
-        dx, f = jb.backward(case.net, case.params, one, delta[n : n + 1], sweep.keep)
-        assert_close(dx[0], delta_x[n], 1e-14)
-        got = jax.tree.map(lambda pair: pair.each()[0], f, is_leaf=is_factored)
-        assert_close(got, jax.tree.map(lambda g, n=n: g[n], each), 1e-14)
+    def answers(x, delta):
+        trace, _ = traced(case, x)
+        delta_x, factored = jb.backward(case.rule, own(case), trace, delta, sweep.keep)
+        return delta_x, jax.tree.map(lambda pair: pair.each(), factored, is_leaf=is_factored)
+
+    _, delta = traced(case)
+    of_all = answers(case.x, delta)
+    for n in range(case.batch):
+        of_one = answers(*jax.tree.map(lambda v, n=n: v[n : n + 1], (case.x, delta)))
+        assert_same(of_one, jax.tree.map(lambda v, n=n: v[n : n + 1], of_all))
 
 
-@each_leaf
+@named([c for c in RULES if c.net.draws])
+def test_the_draw_of_the_way_back_is_that_of_the_way_there(case):
+    """Every example draws by itself, and no draw is that of another key."""
+    x = jax.tree.map(jnp.ones_like, case.x)
+    y, _ = jb.forward(case.rule, own(case), x, case.key)
+    again, _ = jb.forward(case.rule, own(case), x, jax.random.key(1))
+    still, _ = jb.forward(case.rule, own(case), x)
+    if getattr(case.rule, "rate", 1) > 0:
+        assert np.any(y != again)
+        assert np.any(y[0] != y[1])
+    assert np.any(y != still) == (getattr(case.rule, "rate", 1) > 0)
+    trace, u = traced(case, x, case.key)
+    _, jv = jax.jvp(lambda x: jb.forward(case.rule, own(case), x, case.key)[0], (x,), (x,))
+    delta_x, _ = jb.backward(case.rule, own(case), trace, u, sweep.total)
+    assert relative(jnp.sum(jv * u), jnp.sum(x * delta_x)) <= 1e-13
+
+
+@named(LEAVES)
 def test_reads_says_what_backward_reads(case):
     """Each of x and y is in `reads` exactly if the program of backward depends on it."""
-    one = jax.tree.map(lambda v: v[0], (case.x, jb.forward(case.net, case.params, case.x)))
-    x, (y, saved) = one
+    rule, params = case.rule, own(case)
+    y, saved = jax.eval_shape(lambda p, x: jb.forward(rule, p, x), params, case.x)
+    trace = rule.trace(case.x, y, saved)
+    leaves, tree = jax.tree.flatten(trace)
 
-    def backward(x, y, saved, delta):
-        return case.net.backward(case.params, jb.Trace(x, y, saved), delta)
+    def backward(leaves, delta):
+        rows = jax.vmap(rule.backward, in_axes=(None, 0, 0), axis_name=sweep.BATCH_AXIS)
+        return rows(params, jax.tree.unflatten(tree, leaves), delta)
 
-    given = (x if "x" in case.net.reads else None, y if "y" in case.net.reads else None)
-    closed = jax.make_jaxpr(backward)(*given, saved, jnp.ones_like(y))
-    used = {v for eqn in closed.jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
-    used |= {v for v in closed.jaxpr.outvars if not hasattr(v, "val")}
-    inputs = closed.jaxpr.invars[: len(case.net.reads)]
-    assert all(v in used for v in inputs), f"{case.net} reads {case.net.reads}, but not really"
+    delta = jax.tree.map(lambda v: v if is_float(v) else None, y)
+    jaxpr = jax.make_jaxpr(backward)(leaves, delta).jaxpr  # fails where another one is read
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(trace)[0]]
+    for name in rule.reads:
+        ours = [path[0].name == name for path in paths]
+        flags = ours + [False] * (len(jaxpr.invars) - len(paths))
+        assert any(reached(jaxpr, flags)), f"{rule} reads {name}, but not really"
 
 
-@each_leaf
+@named(RULES)
 def test_no_parameter_is_in_the_trace(case):
-    closed = jax.make_jaxpr(lambda p, x: jb.forward(case.net, p, x)[1])(case.params, case.x)
-    params = set(closed.jaxpr.invars[: len(jax.tree.leaves(case.params))])
+    closed = jax.make_jaxpr(lambda p, x: jb.forward(case.rule, p, x)[1])(own(case), case.x)
+    params = set(closed.jaxpr.invars[: len(jax.tree.leaves(own(case)))])
     assert not params & {v for v in closed.jaxpr.outvars if not hasattr(v, "val")}
 
 
-@each_leaf
+@named([c for c in LEAVES if isinstance(c.x, jax.Array) and is_float(c.x)])
 def test_a_trace_keeps_only_what_is_read(case):
-    net = jb.Sequential(case.net, case.net) if case.net.init(jax.random.key(0)) == () else None
-    if net is None:
-        net = jb.Sequential(jb.Identity(), case.net)
-        params = ((), case.params)
-    else:
-        params = ((), ())
-    _, (boundaries, _) = jb.forward(net, params, case.x)
-    first, second = net.layers
-    assert (boundaries[0] is not None) == ("y" in first.reads or "x" in second.reads)
+    net = jb.Sequential(jb.Tanh(), case.rule, jb.Identity())
+    _, (boundaries, _) = jax.eval_shape(
+        lambda p, x: jb.forward(net, p, x), ((), own(case), ()), case.x
+    )
+    assert boundaries[0] is not None  # tanh reads its output
+    assert (boundaries[1] is not None) == ("y" in case.rule.reads)
+    net = jb.Sequential(jb.Identity(), case.rule)
+    _, (boundaries, _) = jax.eval_shape(lambda p, x: jb.forward(net, p, x), ((), own(case)), case.x)
+    assert (boundaries[0] is not None) == ("x" in case.rule.reads)
     assert boundaries[1] is None
 
 
-@by_name
+@named(CASES)
 def test_configurations_are_values(case):
-    net = case.net
-    assert hash(net) == hash(pickle.loads(pickle.dumps(net)))
-    assert pickle.loads(pickle.dumps(net)) == net
-    assert pickle.loads(pickle.dumps(case.loss)) == case.loss
-    assert type(net).__name__ in repr(net)
-    assert net != jb.Dense(77, 78)
+    rule = case.rule
+    assert hash(rule) == hash(pickle.loads(pickle.dumps(rule)))
+    assert pickle.loads(pickle.dumps(rule)) == rule
+    assert type(rule).__name__ in repr(rule)
+    assert rule != jb.Dense(77, 78)
 
 
 def public(module, base):
@@ -169,16 +241,29 @@ def public(module, base):
     }
 
 
+def inside(net):
+    """The network and all that it is made of."""
+    yield net
+    for child in net.children().values() if isinstance(net, jb.Composite) else ():
+        yield from inside(child)
+
+
 def test_every_public_layer_and_loss_is_in_the_catalogue():
-    tried = {type(leaf) for net, _ in catalogue.LAYERS for _, leaf, _ in sweep.walk(net)}
-    assert public(layers, jb.Layer) <= tried
-    assert public(jb, jb.Layer) <= tried
+    tried = {type(node) for net, _ in catalogue.LAYERS for node in inside(net)}
+    for module in (jb, layers, compose):
+        assert public(module, sweep.Node) <= tried
     assert public(losses, jb.Loss) <= {type(loss) for loss, _, _ in catalogue.LOSSES}
 
 
-KINKED = [c.net for c in LEAVES if getattr(c.net, "kinks", ())]
+def test_names_in_the_catalogue_are_unique():
+    assert len({case.name for case in CASES}) == len(CASES)
 
 
+ELEMENTWISE = [c for c in LEAVES if isinstance(c.rule, jb.Elementwise)]
+KINKED = [c.rule for c in LEAVES if getattr(c.rule, "kinks", ())]
+
+
+@pytest.mark.usefixtures("op_by_op")
 @pytest.mark.parametrize("layer", KINKED, ids=repr)
 def test_the_slope_at_a_kink_is_the_one_stated(layer):
     at = {"Relu": [0.0], "LeakyRelu": [getattr(layer, "alpha", None)], "HardTanh": [0.0, 0.0],
@@ -190,9 +275,8 @@ def test_the_slope_at_a_kink_is_the_one_stated(layer):
     np.testing.assert_allclose(slope[0], at[type(layer).__name__], rtol=1e-15)
 
 
-@pytest.mark.parametrize(
-    "layer", [c.net for c in LEAVES if isinstance(c.net, jb.Elementwise)], ids=repr
-)
+@pytest.mark.usefixtures("op_by_op")
+@pytest.mark.parametrize("layer", [c.rule for c in ELEMENTWISE], ids=repr)
 def test_slopes_against_finite_differences_of_numpy(layer):
     """A truth without autodiff: central differences with one Richardson step."""
     z = np.array([-3.1, -1.7, -0.9, -0.4, -0.1, 0.2, 0.7, 0.95, 1.3, 2.8])
@@ -210,14 +294,14 @@ def test_slopes_against_finite_differences_of_numpy(layer):
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("case", LEAVES, ids=lambda case: case.name)
+@pytest.mark.usefixtures("op_by_op")
+@pytest.mark.parametrize("dtype", DTYPES)
+@named([c for c in LEAVES if isinstance(c.rule, jb.Elementwise | jb.Softmax)
+        and not isinstance(c.rule, jb.Activation)])  # fmt: skip
 def test_extreme_net_inputs_give_finite_slopes(case, dtype):
-    if not isinstance(case.net, jb.Elementwise | jb.Softmax) or isinstance(case.net, jb.Activation):
-        return
     x = jnp.asarray([[-1e4, -88.0, -20.0, 0.0, 20.0, 88.0, 1e4]], dtype)
-    y, _ = jb.forward(case.net, (), x)
-    slope, _ = jb.backward(case.net, (), jb.Trace(x, y, None), jnp.ones_like(y), sweep.keep)
+    y, _ = jb.forward(case.rule, (), x)
+    slope, _ = jb.backward(case.rule, (), jb.Trace(x, y, None), jnp.ones_like(y), sweep.keep)
     assert slope.dtype == x.dtype
     assert y.dtype == x.dtype
     assert bool(jnp.all(jnp.isfinite(slope)))
@@ -294,15 +378,14 @@ def test_a_mutated_rule_is_found(wrong, key):
     assert not jb.check.network(net, loss, net.init(key), x, y).ok
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in LEAVES if isinstance(c.net, jb.Elementwise)], ids=lambda case: case.name
-)
+@pytest.mark.usefixtures("op_by_op")
+@named(ELEMENTWISE)
 def test_slope_is_what_backward_multiplies_with(case):
     trace, delta = traced(case)
-    if not isinstance(case.net, jb.Identity):
-        slope = case.net.slope(trace.x, trace.y)
+    if not isinstance(case.rule, jb.Identity):
+        slope = case.rule.slope(trace.x, trace.y)
         assert slope.dtype == delta.dtype
-        delta_x, _ = case.net.backward((), trace, delta)
+        delta_x, _ = case.rule.backward((), trace, delta)
         np.testing.assert_array_equal(delta_x, delta * slope)
 
 

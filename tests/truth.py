@@ -15,22 +15,38 @@ def relative(candidate, truth):
     return error if size == 0 else error / size
 
 
-def assert_close(candidate, truth, tolerance=1e-12):
-    """Every leaf of two trees of one structure."""
+def assert_close(candidate, truth, tolerance=1e-12, zero=0.0):
+    """Every leaf of two trees of one structure.
+
+    Of a leaf that is zero by nature rounding errors are left: as much as `zero` is no error,
+    relative to all that is in the truth.
+    """
     assert jax.tree.structure(candidate) == jax.tree.structure(truth)
     paths = jax.tree_util.tree_flatten_with_path(truth)[0]
+    nothing = zero * np.sqrt(sum(np.sum(np.square(t, dtype=float)) for _, t in paths))
     for (path, t), c in zip(paths, jax.tree.leaves(candidate), strict=True):
         error = relative(c, t)
-        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.2e} > {tolerance:.0e}"
+        if error > tolerance and np.linalg.norm(np.ravel(np.asarray(c, float) - t)) > nothing:
+            raise AssertionError(f"{jax.tree_util.keystr(path)}: {error:.2e} > {tolerance:.0e}")
 
 
-def costs(net, loss, params, x, y):
+def assert_same(candidate, truth, tolerance=1e-13):
+    """Two trees of one structure, relative to all that is in the truth."""
+    assert jax.tree.structure(candidate) == jax.tree.structure(truth)
+    found, due = (
+        np.concatenate([np.ravel(leaf).astype(float) for leaf in jax.tree.leaves(tree)])
+        for tree in (candidate, truth)
+    )
+    assert relative(found, due) <= tolerance
+
+
+def costs(net, loss, params, x, y, key=None):
     """C_n of every example, by the forward sweep and the loss's value alone."""
-    return loss.value(jb.forward(net, params, x)[0], y)
+    return loss.value(jb.forward(net, params, x, key)[0], y)
 
 
-def mean_cost(net, loss, params, x, y):
-    return jnp.mean(costs(net, loss, params, x, y))
+def mean_cost(net, loss, params, x, y, key=None):
+    return jnp.mean(costs(net, loss, params, x, y, key))
 
 
 def each_grad(net, loss, params, x, y):
