@@ -34,13 +34,13 @@ EQUIVALENT: dict[str, list[str]] = {
     ],
     "broadcast later": ["SoftmaxCrossEntropy.targets: (1.0,) * classes -> (1.0,)"],
     "integers have 1, 2, 4 or 8 bytes; one of 4 bytes is int32, or counts as it": [
-        "SoftmaxCrossEntropy.targets: y.dtype.itemsize < 4 -> y.dtype.itemsize <= 4",
-        "SoftmaxCrossEntropy.targets: y.dtype.itemsize < 4 -> y.dtype.itemsize < 3",
+        "SoftmaxCrossEntropy.labels: y.dtype.itemsize < 4 -> y.dtype.itemsize <= 4",
+        "SoftmaxCrossEntropy.labels: y.dtype.itemsize < 4 -> y.dtype.itemsize < 3",
     ],
-    "all rows are of one size": ["SoftmaxCrossEntropy.targets: y[0] -> y[1]"],
+    "all rows are of one size": ["SoftmaxCrossEntropy.labels: y[0] -> y[1]"],
     "a row of no places that count is 0 in the next line": [
-        "SoftmaxCrossEntropy.targets: jnp.maximum(number, 1) -> number",
-        "SoftmaxCrossEntropy.targets: jnp.maximum(number, 1) -> jnp.maximum(number, 0)",
+        "SoftmaxCrossEntropy.labels: jnp.maximum(number, 1) -> number",
+        "SoftmaxCrossEntropy.labels: jnp.maximum(number, 1) -> jnp.maximum(number, 0)",
     ],
     "t is finite": [
         "SoftmaxCrossEntropy._spread: jnp.where(mass[..., None] == 0, 0, t * mass[..., None])"
@@ -72,7 +72,7 @@ EQUIVALENT: dict[str, list[str]] = {
         "Outer.dot: isinstance(other, Outer) and self._same_form(other) -> self._same_form(other)",
         "Outer.gram: isinstance(other, Outer) and alone and self._same_form(other)"
         " -> alone and self._same_form(other)",
-        "Shift.dot: isinstance(other, Shift) and self._same_form(other) -> self._same_form(other)",
+        "_Summed.dot: isinstance(other, _Summed) and self._same_form(other) -> self._same_form(other)",
     ],
     "a and delta have one depth, the same groups and positions": [
         "Outer.stacked: self.a.shape[0] -> self.delta.shape[0]",
@@ -86,20 +86,22 @@ EQUIVALENT: dict[str, list[str]] = {
     "a dearer way to the same number": [
         "Outer.total: a.shape[1] == 1 -> a.shape[1] == 0",
         "Outer.dot: t == s == 1 -> t == s == 0",
-        "Shift.total: delta.shape[1] == 1 -> delta.shape[1] == 0",
+        "_Summed.total: s.shape[1] == 1 -> s.shape[1] == 0",
         "Sum.gram: other.parts if isinstance(other, Sum) else (other,) -> (other,)",
     ],
     "there is one position, and an index beyond is that of the last": [
         "Outer.second_moment: (:, :, 0) -> (:, :, 1)",
     ],
-    "the parts of a sum are stacked alike": ["Sum.stacked: parts[0] -> parts[1]"],
+    "the parts of a sum are stacked alike": [
+        "Sum.stacked: jax.tree.leaves(self.parts)[0] -> jax.tree.leaves(self.parts)[1]"
+    ],
     "dot_general takes two dtypes too": [
         "Outer.total: v.reshape(-1, v.shape[3]).astype(dtype) -> v.reshape(-1, v.shape[3])",
     ],
     "a product of two, summed over all that they share": [
-        "Outer.dot: _einsum('ngti,ngti->ng', self.a, other.a) -> _einsum('ngti,ngti->ng', other.a, self.a)",
-        "Outer.dot: _einsum('ngto,ngto->ng', self.delta, other.delta)"
-        " -> _einsum('ngto,ngto->ng', other.delta, self.delta)",
+        "Outer.dot: einsum('ngti,ngti->ng', self.a, other.a) -> einsum('ngti,ngti->ng', other.a, self.a)",
+        "Outer.dot: einsum('ngto,ngto->ng', self.delta, other.delta)"
+        " -> einsum('ngto,ngto->ng', other.delta, self.delta)",
     ],
     "what carries the delta has the structure of params": [
         "_layer_backward: as_told(layer, params, rule(carry, trace, delta))"

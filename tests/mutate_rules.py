@@ -31,42 +31,51 @@ import pytest
 from _pytest.runner import runtestprotocol
 from equivalent import EQUIVALENT
 
+from jbackprop.sweep import Layer
+
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "jbackprop"
 
 RULES = {
-    "layers/activations.py": "*.slope *.backward",
-    "layers/elementwise.py": "*.slope *.backward",
-    "layers/dense.py": "Dense.backward",
-    "layers/softmax.py": "Softmax.backward",
-    "layers/autodiff.py": "Autodiff.backward",
+    "layers/*.py": "*.slope *.backward *.mean",
+    "losses/*.py": "*delta *.error *.mean *.targets *.labels *._spread",
     "losses/base.py": "positions Loss.value_and_delta",
-    "losses/canonical.py": "*delta *.error *.mean *.targets",
-    "losses/softmax.py": "*.error *.mean *.targets *._spread",
-    "losses/other.py": "*.delta",
-    "compose/sequential.py": "Sequential.backward",
+    "compose/*.py": "*.backward *.invert",
     "sweep.py": "backward _layer_backward leafwise",
-    "factored.py": "*.total *.each *.square_norm *.second_moment *.dot *.gram *.stacked *.restore"
-    " *.of *._summed *._same_form _add _column _depth_into_groups _einsum _flat _stacked_place"
-    " _wide_square present weighted wide_dtype",
+    "factored/*.py": "*.total *.each *.square_norm *.second_moment *.dot *.gram *.stacked *.restore"
+    " *.of *._summands *._sum *._same_form _* present weighted wide_dtype wide_square flat einsum"
+    " depth_into_groups stacked_place",
 }
-"""The rules of each file, as patterns of qualified names."""
+"""The rules of each file, as patterns of qualified names; a file has those of all that match it."""
 
 LAYER = r"rules.*(adjoint|slope|linear|loop|jax_grad|question).*\[OWNER\("
 NETWORK = r"rules.*(jax_grad|question).*\[(Dense|Sequential)"
+COMPOSITE = r"rules.*(adjoint|loop|jax_grad|question).*\[OWNER\("
 TRANSPORT = "rules.*transport"
 GRADIENT = "gradient.*(collect|transport|hands_out|weight|steps|mixed|ids)"
 KILLERS = {
-    "layers/": [LAYER, "rules.*users_activation", TRANSPORT, "gradient.*mixed"],
+    "layers/": [LAYER, "FILE", "rules.*(users_activation|draw)", TRANSPORT, "gradient.*mixed"],
     "losses/": [
         "losses.*(complex|value|position|extreme|ignored|_of_|under_jit)",
         LAYER,
     ],
-    "compose/": [NETWORK, GRADIENT],
+    "compose/": [COMPOSITE, "FILE"],
+    "compose/sequential.py": [NETWORK, GRADIENT],
     "sweep.py": [NETWORK, TRANSPORT, GRADIENT],
-    "factored.py": ["factored", r"rules.*question.*\[Dense\(6, 4\)", "gradient.*(steps|weight_is)"],
-}
-"""The tests for the rules of each folder, by name, in their order; OWNER is the class."""
+    "factored/": [
+        "factored", r"rules.*question.*\[Dense\(6, 4\)", "gradient.*(steps|weight_is)", "FILE"
+    ],
+}  # fmt: skip
+"""The tests for the rules of each folder or file, by name, in their order.
+
+OWNER is the class, FILE the name of its file: tests/test_pooling.py is for layers/pooling.py.
+"""
+
+NO_KILLERS = (
+    "against_sklearn bad_input check check_hard check_programs cli diagnose examples fit mutations"
+    " planted project random_nets"
+)
+"""The tests that never are."""
 
 LIMIT = 120
 """Seconds that the tests of one mutant may take: an endless one is killed too."""
@@ -90,10 +99,10 @@ MISTAKEN = {
 NEGATED = "slope _delta error mean delta each total square_norm second_moment dot gram weighted"
 LEFT_OUT = (
     "sum square maximum where clip abs exp expm1 tanh erf logistic softmax broadcast_to moveaxis"
-    " astype reshape present weighted restore reversed mean _bounded _depth_into_groups"
-    " _stacked_place"
+    " astype reshape present weighted restore reversed mean _bounded depth_into_groups"
+    " stacked_place"
 )
-SWAPPED = "of where _einsum dot_general Trace backward slope collect rule _layer_backward error"
+SWAPPED = "of where einsum dot_general Trace backward slope collect rule _layer_backward error"
 
 
 class Mutant(NamedTuple):
@@ -161,7 +170,7 @@ def wrong(node, rule, names):
                 inner = [func.value] if what in ("astype", "reshape") else args[what == "where" :]
                 yield from (a for a in inner if not isinstance(a, ast.Constant))
             if what in SWAPPED.split():
-                for i in range(what in ("where", "_einsum"), len(args) - 1):
+                for i in range(what in ("where", "einsum"), len(args) - 1):
                     pair = [args[i + 1], args[i]]
                     yield ast.Call(func, [*args[:i], *pair, *args[i + 2 :]], keywords)
             for k in keywords:
@@ -206,9 +215,19 @@ def changed(holder, key, new):
         holder[key] = was
 
 
+def files():
+    """Every file that has rules, and their patterns."""
+    found = {}
+    for glob, patterns in RULES.items():
+        for path in sorted(SOURCE.glob(glob)):
+            file = str(path.relative_to(SOURCE))
+            found[file] = f"{found.get(file, '')} {patterns}"
+    return found
+
+
 def mutants():
     """Every mutant, in the order of the source."""
-    for file, patterns in RULES.items():
+    for file, patterns in files().items():
         tree = ast.parse((SOURCE / file).read_text())
         for rule, function in functions(tree):
             if not any(fnmatch.fnmatchcase(rule, p) for p in patterns.split()):
@@ -243,9 +262,9 @@ def applied(mutant):
         owner = getattr(owner, each)
     function = inspect.unwrap(getattr(vars(owner)[name], "__func__", vars(owner)[name]))
     right, function.__code__ = function.__code__, codes[0]
-    both = mock.patch.object(owner, "reads", ("x", "y"))  # so that the wrong one is a number
-    try:
-        with both if hasattr(owner, "reads") else contextlib.nullcontext():
+    leaf = inspect.isclass(owner) and issubclass(owner, Layer)
+    try:  # of a leaf x and y are there, so that the wrong one is a number
+        with mock.patch.object(owner, "reads", ("x", "y")) if leaf else contextlib.nullcontext():
             yield "|".join(c.__name__ for c in (owner, *getattr(owner, "__subclasses__", list)()))
     finally:
         function.__code__ = right
@@ -289,10 +308,11 @@ class Killer:
 
     def likely(self, mutant, owner, items):
         """The tests for a mutant, those first that killed others."""
-        patterns = next(p for f, p in KILLERS.items() if mutant.file.startswith(f))
+        patterns = [p for f, ps in KILLERS.items() if mutant.file.startswith(f) for p in ps]
         found = {}
         for pattern in patterns:
-            name = re.compile("test_" + pattern.replace("OWNER", f"({owner})"))
+            pattern = pattern.replace("OWNER", f"({owner})").replace("FILE", Path(mutant.file).stem)
+            name = re.compile(f"test_{pattern}")
             found |= dict.fromkeys(i for i in items if name.search(i.nodeid))
         return sorted(found, key=lambda i: (-self.kills[i, mutant.rule], -self.kills[i]))
 
@@ -315,8 +335,9 @@ def main():
     if options.list:
         return print(*chosen, f"{len(chosen)} mutants", sep="\n")
     start, killer = time.time(), Killer(chosen)
-    files = [str(TESTS / f"test_{name}.py") for name in ("rules", "losses", "factored", "gradient")]
-    status = pytest.main([*files, "-q", "-s", "-p", "no:cacheprovider"], [killer])
+    no = {TESTS / f"test_{name}.py" for name in NO_KILLERS.split()}
+    tests = sorted(map(str, set(TESTS.glob("test_*.py")) - no))
+    status = pytest.main([*tests, "-q", "-s", "-p", "no:cacheprovider"], [killer])
     if status != pytest.ExitCode.OK:
         return f"pytest ends with {status!r}"
     same = sum(bool(m.reason) for m in chosen)

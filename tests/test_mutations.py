@@ -12,15 +12,16 @@ from mutate_rules import SOURCE, TESTS, functions, mutants
 pytestmark = pytest.mark.newest
 ALL = list(mutants())
 NAMES = ("backward", "slope", "delta", "value_and_delta", "error", "mean", "targets")
+QUESTIONS = ("total", "each", "square_norm", "second_moment", "dot", "gram", "stacked")
 
 
 def test_every_rule_has_mutants():
     rules = {
         (str(path.relative_to(SOURCE)), name)
-        for folder in ("layers", "losses", "compose")
+        for folder in ("layers", "losses", "compose", "factored")
         for path in (SOURCE / folder).glob("*.py")
         for name, function in functions(ast.parse(path.read_text()))
-        if name.split(".")[-1] in NAMES and isinstance(function.body[-1], ast.Return)
+        if name.split(".")[-1] in NAMES + QUESTIONS and isinstance(function.body[-1], ast.Return)
     }
     assert len(rules) > 20
     assert rules <= {(m.file, m.rule) for m in ALL}
