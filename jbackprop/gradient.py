@@ -395,6 +395,16 @@ def _fused_value_grad(
     return _value(head.losses, weights), jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
+def costs(
+    net: Node, loss: Loss, params: PyTree, x: Any, y: Any, key: Array | None = None
+) -> Array:
+    """C_n of every example, (B,); without the network's outputs where the loss needs none."""
+    if not loss.fuses:
+        return loss.value(forward(net, params, x, key)[0], y)
+    body, own, w, b, _ = net.behead(params)
+    return loss.head_losses(x if body is None else forward(body, own, x, key)[0], w, b, y)
+
+
 def _is_half(params: PyTree) -> bool:
     return any(jnp.finfo(jnp.result_type(p)).bits < 32 for p in jax.tree.leaves(params))
 

@@ -159,6 +159,10 @@ class Composite(Node):
         """The same forward, saving all that the layers inside save: for looking at them."""
         return self
 
+    def untied(self, params: PyTree) -> tuple[Node, PyTree]:
+        """The same where every layer has parameters of its own, for looking at each of them."""
+        return self, params
+
     def children(self) -> dict[str, Node]:
         """The layers inside by name, in forward order."""
         found: dict[str, Node] = {}
@@ -430,6 +434,15 @@ def opened(net: Node) -> Node:
     if not isinstance(net, Composite):
         return net
     return net.with_children([opened(child) for child in net.children().values()]).opened()
+
+
+def untied(net: Node, params: PyTree) -> tuple[Node, PyTree]:
+    """The network with parameters that no two layers share, and these."""
+    if not isinstance(net, Composite):
+        return net, params
+    parts = zip(net.children().values(), net.split(params), strict=True)
+    layers, own = zip(*(untied(child, part) for child, part in parts), strict=True)
+    return net.with_children(layers).untied(net.join(own))
 
 
 def rebuild(

@@ -39,6 +39,7 @@ from jbackprop.sweep import (
     stack_axes,
     total,
     trainable_mask,
+    untied,
     walk,
 )
 
@@ -78,7 +79,8 @@ def network(
         "delta alone" as `delta` has it; then for each layer from the output back, the "delta" (of
         every example's own cost) and its parameters' "gradient" (of the summed cost) as the sweep
         has them, and, with the true delta handed in, the "gradient alone" and "dC/dx alone" of its
-        rule. The first layer whose rule alone is wrong is named on top.
+        rule. The first layer whose rule alone is wrong is named on top. A parameter that is used
+        in two places (`Tied`) is checked in each of them, as if it were two.
 
     Raises:
         ValueError: inputs, targets and parameters that do not fit; a layer that couples examples.
@@ -91,6 +93,7 @@ def network(
             f"{coupling_layer(net)} couples the examples: the delta of one example's own cost is "
             "not defined, so that this check has no truth for it"
         )
+    net, params = untied(net, params)
     params, x, y = jax.tree.map(np.asarray, (params, x, y))
     dtype = jnp.dtype(dtype or jnp.result_type(*(jax.tree.leaves(params) or jax.tree.leaves(x))))
     point = cast((params, x, y), dtype)

@@ -17,7 +17,7 @@ from jax import Array
 from jbackprop.averages import State, check_folds, fold_batch_norm, mean_averages
 from jbackprop.diagnose.nonfinite import first_nonfinite
 from jbackprop.factored import PyTree
-from jbackprop.gradient import refuse_coupling, value_grad_outputs
+from jbackprop.gradient import costs, refuse_coupling, value_grad_outputs
 from jbackprop.losses import Loss
 from jbackprop.sweep import Node, forward
 from jbackprop.train.checks import check_batch_size, check_data
@@ -386,10 +386,12 @@ def _step(
 ) -> tuple[PyTree, PyTree, dict[str, Array]]:
     """One step: new parameters and state, and the means over the batch of loss and metrics."""
     x, y = _take(x, batch), _take(y, batch)
-    value, grads, outputs = value_grad_outputs(task.net, task.loss, params, x, y, key=key)
+    value, grads, outputs = value_grad_outputs(
+        task.net, task.loss, params, x, y, key=key, outputs=bool(task.metrics)
+    )
 
     def value_fn(params: PyTree) -> Array:  # for optimizers that search along a line
-        return jnp.mean(task.loss.value(forward(task.net, params, x, key)[0], y))
+        return jnp.mean(costs(task.net, task.loss, params, x, y, key))
 
     updates, opt_state = optax.with_extra_args_support(task.optimizer).update(
         grads, opt_state, params, value=value, grad=grads, value_fn=value_fn
@@ -446,6 +448,8 @@ def evaluate(
 def _evaluate(
     net: Node, loss: Loss, metrics: Any, params: PyTree, x: Any, y: Any
 ) -> dict[str, Array]:
+    if loss.fuses and not metrics:
+        return {"loss": jnp.sum(costs(net, loss, params, x, y))}
     outputs, _ = forward(net, params, x)
     sums = {"loss": jnp.sum(loss.value(outputs, y))}
     return sums | {name: jnp.sum(values) for name, values in _measure(metrics, outputs, y)}
