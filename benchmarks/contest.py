@@ -222,9 +222,7 @@ def compile_seconds(load: Workload, kinds: Sequence[str], repeats: int = 5) -> l
             memory[person.name] = temp_bytes(compiled)
     results = []
     for person in people:
-        total = [
-            sum(a) / sum(b) for a, b in zip(times[base.name], times[person.name], strict=True)
-        ]
+        total = [sum(a) / sum(b) for a, b in zip(times[base.name], times[person.name], strict=True)]
         cuts = statistics.quantiles(total, n=4)
         results.append(
             Result(
@@ -248,6 +246,7 @@ def compile_seconds(load: Workload, kinds: Sequence[str], repeats: int = 5) -> l
 
 def on_front(result: Result, results: Sequence[Result]) -> bool:
     """Whether no other contestant of the workload is both faster and smaller."""
+
     def of(r: Result) -> tuple[float, float]:
         return r.time or 1.0, 1 / r.temp_bytes if r.temp_bytes else float("inf")
 
@@ -309,12 +308,18 @@ def save(path: str, results: Sequence[Result]) -> None:
     file.write_text(json.dumps(saved, indent=1) + "\n")
 
 
-def main(loads: Sequence[Workload], compiled: Sequence[Workload] = (), about: str = "") -> None:
+def main(
+    loads: Sequence[Workload],
+    compiled: Sequence[Workload] = (),
+    wide: Sequence[Workload] = (),
+    about: str = "",
+) -> None:
     """The command line: measure, print a table for each workload, and save on request.
 
     Args:
         loads: compared in time and memory.
         compiled: compared in the time to trace and compile.
+        wide: what --all measures instead, with more contestants.
         about: the description for --help.
     """
     parser = argparse.ArgumentParser(description=about)
@@ -323,10 +328,11 @@ def main(loads: Sequence[Workload], compiled: Sequence[Workload] = (), about: st
     parser.add_argument("--only", default="", help="workloads whose name contains this")
     parser.add_argument("--names", nargs="*", default=(), help="contestants that contain one")
     parser.add_argument("--repeats", type=int, default=5, help="of tracing and compiling")
+    parser.add_argument("--all", action="store_true", help="every arrangement that was tried")
     parser.add_argument("--out", help="a .json file for the results")
     options = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    for load in (*loads, *compiled):
+    for load in wide if options.all and wide else (*loads, *compiled):
         if options.only not in load.name:
             continue
         if load in compiled:

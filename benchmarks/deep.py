@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-import jbackprop as jb
 from contest import Contestant, Workload, main
 from plain import mlp, mlp_peers
+
+import jbackprop as jb
 
 POLICIES = jax.checkpoint_policies
 
@@ -46,6 +46,14 @@ def ours(activation: str, depth: int, width: int, before: bool) -> list[Contesta
 
     function = jb.value_and_grad(jb.Repeat(layer, depth), jb.SquaredError())
     found = [Contestant("ours", function, "ours", pack, unpack)]
+    if depth % 4 == 0:
+        net = jb.Repeat(layer, depth, checkpoint_every=4)
+        function = jb.value_and_grad(net, jb.SquaredError())
+        found.append(Contestant("ours, checkpoint_every=4", function, "variant", pack, unpack))
+    if before:
+        net = jb.Repeat(jb.Checkpoint(layer), depth)
+        function = jb.value_and_grad(net, jb.SquaredError())
+        found.append(Contestant("ours, checkpoint", function, "variant", pack, unpack))
     return found
 
 
@@ -73,7 +81,9 @@ def contestants(
     if not before:
         split, join = mlp.split_first, mlp.join_first
         found += [
-            Contestant("activation first, checkpoint", mlp.shifted(activation), "tuned", split, join),
+            Contestant(
+                "activation first, checkpoint", mlp.shifted(activation), "tuned", split, join
+            ),
             Contestant(
                 "activation first, plain", mlp.shifted(activation, False), "tuned", split, join
             ),
@@ -92,7 +102,9 @@ def contestants(
     ]  # fmt: skip
     if activation == "gelu":
         found.append(Contestant("jax.nn.gelu, plain", mlp.scanned("jax.nn.gelu", before)))
-        found.append(Contestant("jax.nn.gelu, checkpoint", mlp.scanned("jax.nn.gelu", before, True)))
+        found.append(
+            Contestant("jax.nn.gelu, checkpoint", mlp.scanned("jax.nn.gelu", before, True))
+        )
     return found + peers(activation, depth, width, before)
 
 
@@ -118,12 +130,13 @@ def workload(
     activation: str, before: bool, gain: float, goal: tuple[float, float], depth: int = 32
 ) -> Workload:
     """One network, width 256, batch 256."""
+    name = "" if depth == 32 else "compile "
     order = f"({activation}, Dense)" if before else f"(Dense, {activation})"
     make: Callable[[], Sequence[Contestant]] = functools.partial(
         contestants, activation, depth, 256, before
     )
     return Workload(
-        f"{depth} x {order}, width 256, batch 256",
+        f"{name}{depth} x {order}, width 256, batch 256",
         functools.partial(data, depth, 256, 256, gain),
         make,
         {"plain": goal},
@@ -141,4 +154,4 @@ COMPILED = (
 )
 
 if __name__ == "__main__":
-    main(WORKLOADS, COMPILED, str(__doc__))
+    main(WORKLOADS, COMPILED, about=str(__doc__))

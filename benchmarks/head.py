@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-
+import jax.numpy as jnp
 from contest import Contestant, Workload, main
 from plain import head
+
+import jbackprop as jb
 
 
 def data(rows: int, width: int, vocab: int) -> tuple[Any, ...]:
@@ -26,10 +28,26 @@ def data(rows: int, width: int, vocab: int) -> tuple[Any, ...]:
     return params, jax.random.randint(keys[3], (rows,), 0, vocab)
 
 
+def ours() -> list[Contestant]:
+    """The delta rule, as long as it is there to take part."""
+    if not hasattr(jb, "FusedSoftmaxCrossEntropy"):
+        return []
+    loss = jb.FusedSoftmaxCrossEntropy()
+
+    def fused(p: Any, y: Any) -> Any:
+        mean = jnp.full(len(y), 1 / len(y))
+        found = loss.head(p["x"], p["w"], p["b"], y, mean)
+        grads = {"w": found.w_grad, "b": found.b_grad, "x": found.delta_h / len(y)}
+        return jnp.mean(found.losses), grads
+
+    return [Contestant("ours", fused, "ours")]
+
+
 def contestants(rows: int) -> Sequence[Contestant]:
     """Everybody."""
     found = [
         Contestant("optax loss", head.whole(), "plain"),
+        *ours(),
         Contestant("logsumexp", head.whole(head.by_logsumexp)),
         Contestant("logsumexp, mask", head.whole(head.by_mask)),
         Contestant("checkpoint around Dense and loss", head.whole(checkpoint=True)),
@@ -60,4 +78,4 @@ def workload(rows: int, width: int, vocab: int) -> Workload:
 WORKLOADS = (workload(4096, 256, 32768), workload(512, 256, 8192))
 
 if __name__ == "__main__":
-    main(WORKLOADS, (), str(__doc__))
+    main(WORKLOADS, about=str(__doc__))

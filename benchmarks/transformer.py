@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-
 from contest import Contestant, Workload, main
 from plain import transformer_peers as peers
 from plain.transformer import (
@@ -24,6 +22,8 @@ from plain.transformer import (
     init_model,
     model,
 )
+
+import jbackprop as jb
 
 SIZES = (
     Sizes(128, 6, 4, 64, 16),
@@ -67,6 +67,8 @@ def arrangements() -> dict[str, tuple[str, Arrangement]]:
         "fast norm": {"fast_norm": True}, "jax.nn.gelu": {"gelu": "jax.nn.gelu"},
         "heads first": {"attend": "heads first"}, "jax.nn attention": {"attend": "jax.nn"},
         "late division": {"attend": "late division"}, "not flat": {"flat": False},
+        "keys first": {"attend": "keys first"},
+        "keys first, late division": {"attend": "keys first, late division"},
     }  # fmt: skip
     bases = {
         "plain scan, flat": Arrangement(),
@@ -93,6 +95,27 @@ NAMES = (
     ("attended", "up"), ("attended", "middle", "up"), ("attended",), ("attended", "middle"),
 )  # fmt: skip
 ARRANGEMENTS = arrangements()
+KEPT = (
+    "plain scan",
+    "checkpoint around a block",
+    "plain scan, flat",
+    "checkpoint, flat",
+    "checkpoint, dots without batch saved",
+    "checkpoint, middle saved",
+    "checkpoint, attended+middle saved",
+    "checkpoint, attended+middle+up saved",
+    "checkpoint, qkv+middle+up saved",
+    "checkpoint around halves, barrier",
+    "checkpoint around halves, barrier, heads first",
+    "checkpoint around halves, barrier, keys first",
+    "checkpoint around halves, barrier, 2 chunks",
+    "checkpoint around halves, barrier, 4 chunks",
+    "checkpoint, flat, 2 chunks",
+    "checkpoint, flat, 4 chunks",
+    "checkpoint around halves in 2 pieces, barrier",
+    "checkpoint around halves in 4 pieces, barrier",
+)
+"""The arrangements that were on the front, or near it, at one size at least; --all tries more."""
 
 
 def data(sizes: Sizes) -> tuple[Any, ...]:
@@ -103,34 +126,108 @@ def data(sizes: Sizes) -> tuple[Any, ...]:
     return init_blocks(key, sizes), x, y
 
 
-def contestants(sizes: Sizes) -> Sequence[Contestant]:
+def model_data(sizes: Sizes) -> tuple[Any, ...]:
+    """Parameters of the language model, tokens and targets."""
+    key, key_x, key_y = jax.random.split(jax.random.key(0), 3)
+    shape = (sizes.batch, sizes.length)
+    tokens, targets = (jax.random.randint(k, shape, 0, sizes.vocab) for k in (key_x, key_y))
+    return init_model(key, sizes), tokens, targets
+
+
+def ours(sizes: Sizes) -> list[Contestant]:
+    """The delta rule, as long as it is there to take part."""
+    if not hasattr(jb, "Attention"):
+        return []
+    D, H = sizes.width, sizes.heads
+    attention = jb.Sequential(
+        jb.LayerNorm(D), jb.Dense(D, 3 * D), jb.Split(D, D, D), jb.Attention(H, causal=True),
+        jb.Dense(D, D),
+    )  # fmt: skip
+    perceptron = jb.Sequential(jb.LayerNorm(D), jb.Dense(D, 4 * D), jb.Gelu(), jb.Dense(4 * D, D))
+    redone = jb.Sequential(jb.Skip(jb.Checkpoint(attention)), jb.Skip(jb.Checkpoint(perceptron)))
+    kept = jb.Sequential(jb.Skip(attention), jb.Skip(perceptron))
+
+    def pack(p: Any) -> Any:
+        first = (p["norm1"], p["qkv"], (), (), p["proj"])
+        return first, (p["norm2"], p["up"], (), p["down"])
+
+    def unpack(g: Any) -> Any:
+        first = {"norm1": g[0][0], "qkv": g[0][1], "proj": g[0][4]}
+        return first | {"norm2": g[1][0], "up": g[1][1], "down": g[1][3]}
+
+    return [
+        Contestant(
+            name, jb.value_and_grad(jb.Repeat(layer, sizes.depth), jb.SquaredError()), kind,
+            pack, unpack,
+        )
+        for name, kind, layer in (
+            ("ours", "ours", redone),
+            ("ours, everything kept", "variant", kept),
+            ("ours, checkpoint around a block", "variant", jb.Checkpoint(kept)),
+        )
+    ]  # fmt: skip
+
+
+def contestants(sizes: Sizes, names: Sequence[str] = KEPT) -> Sequence[Contestant]:
     """Everybody, for the blocks alone."""
-    found = [
-        Contestant(name, blocks_alone(how, sizes), kind)
-        for name, (kind, how) in ARRANGEMENTS.items()
-    ]
+    found = ours(sizes)
+    for name in names:
+        kind, how = ARRANGEMENTS[name]
+        found.append(Contestant(name, blocks_alone(how, sizes), kind))
+    found.sort(key=lambda p: p.kind != "plain")  # the reference first
     for checkpoint in (False, True):
-        how = "checkpoint" if checkpoint else "plain"
+        how_ = "checkpoint" if checkpoint else "plain"
         found += [
             Contestant(
-                f"Flax nn.scan, {how}", peers.flax(sizes, checkpoint), "flax",
+                f"Flax nn.scan, {how_}", peers.flax(sizes, checkpoint), "flax",
                 peers.to_flax(sizes), peers.from_flax(sizes),
             ),
             Contestant(
-                f"Equinox scan, {how}", peers.equinox(sizes, checkpoint), "equinox",
+                f"Equinox scan, {how_}", peers.equinox(sizes, checkpoint), "equinox",
                 peers.to_equinox(sizes), peers.from_equinox,
             ),
         ]  # fmt: skip
     return found
 
 
-WORKLOADS = tuple(
-    Workload(
-        f"blocks, {sizes}", functools.partial(data, sizes), functools.partial(contestants, sizes),
-        {"plain": p, "idiomatic": i},
+def modellers(sizes: Sizes) -> Sequence[Contestant]:
+    """Everybody, for the language model."""
+    return [
+        Contestant(name, model(how, sizes), kind)
+        for name, (kind, how) in ARRANGEMENTS.items()
+        if name in KEPT
+    ]
+
+
+def workloads(names: Sequence[str]) -> tuple[Workload, ...]:
+    """The blocks alone, at the three sizes."""
+    return tuple(
+        Workload(
+            f"blocks, {sizes}",
+            functools.partial(data, sizes),
+            functools.partial(contestants, sizes, names),
+            {"plain": p, "idiomatic": i},
+        )
+        for sizes, p, i in zip(SIZES, PLAIN_GOALS, IDIOMATIC_GOALS, strict=True)
     )
-    for sizes, p, i in zip(SIZES, PLAIN_GOALS, IDIOMATIC_GOALS, strict=True)
+
+
+MODELS = tuple(
+    Workload(
+        f"model, {sizes}", functools.partial(model_data, sizes),
+        functools.partial(modellers, sizes),
+    )
+    for sizes in SIZES
 )  # fmt: skip
+DEEP = dataclasses.replace(SIZES[0], depth=128)
+COMPILED = (
+    Workload(
+        f"compile blocks, {DEEP}",
+        functools.partial(data, DEEP),
+        functools.partial(contestants, DEEP, KEPT[:2]),
+        {"plain": (1.0, float("inf")), "idiomatic": (1.0, float("inf"))},
+    ),
+)
 
 if __name__ == "__main__":
-    main(WORKLOADS, (), str(__doc__))
+    main((*workloads(KEPT), *MODELS), COMPILED, workloads(tuple(ARRANGEMENTS)), str(__doc__))

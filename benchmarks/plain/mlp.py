@@ -102,9 +102,7 @@ def split_first(params: Any) -> Any:
 
 def join_first(grads: Any) -> Any:
     """The reverse of `split_first`."""
-    return jax.tree.map(
-        lambda a, b: jnp.concatenate([a[None], b]), grads["first"], grads["rest"]
-    )
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), grads["first"], grads["rest"])
 
 
 def grouped(activation: str, size: int, before: bool = False, inner: bool = True) -> Function:
@@ -150,7 +148,9 @@ def stack(grads: Any) -> Any:
     return jax.tree.map(lambda *g: jnp.stack(g), *grads)
 
 
-def chunked(activation: str, chunks: int, before: bool = False, checkpoint: bool = True) -> Function:
+def chunked(
+    activation: str, chunks: int, before: bool = False, checkpoint: bool = True
+) -> Function:
     """Parts of the batch one after the other, their gradients added up."""
     whole = scanned(activation, before, checkpoint)
 

@@ -31,9 +31,9 @@ def flax(
 ) -> Callable[..., Any]:
     """`nn.scan` over the layers, or over `nn.remat` of a layer."""
     layer = nn.remat(_Layer, prevent_cse=False) if checkpoint else _Layer
-    stack = nn.scan(
-        layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth
-    )(activation, before, width)
+    stack = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)(
+        activation, before, width
+    )
 
     def cost(params: Any, x: Array, y: Array) -> Array:
         a, _ = stack.apply({"params": params}, x, None)
