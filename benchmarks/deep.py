@@ -113,16 +113,12 @@ def peers(activation: str, depth: int, width: int, before: bool) -> list[Contest
     found = []
     for checkpoint in (False, True):
         how = "checkpoint" if checkpoint else "plain"
-        found += [
-            Contestant(
-                f"Flax nn.scan, {how}", mlp_peers.flax(activation, width, depth, before, checkpoint),
-                "flax", mlp_peers.to_flax, mlp_peers.from_flax,
-            ),
-            Contestant(
-                f"Equinox scan, {how}", mlp_peers.equinox(activation, before, checkpoint),
-                "equinox", mlp_peers.to_equinox, mlp_peers.from_equinox,
-            ),
-        ]  # fmt: skip
+        flax = mlp_peers.flax(activation, width, depth, before, checkpoint)
+        equinox = mlp_peers.equinox(activation, before, checkpoint)
+        to, back = mlp_peers.to_flax, mlp_peers.from_flax
+        found.append(Contestant(f"Flax nn.scan, {how}", flax, "flax", to, back))
+        to, back = mlp_peers.to_equinox, mlp_peers.from_equinox
+        found.append(Contestant(f"Equinox scan, {how}", equinox, "equinox", to, back))
     return found
 
 

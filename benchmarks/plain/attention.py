@@ -55,7 +55,7 @@ def late_division(q: Array, k: Array, v: Array, causal: bool = True) -> Array:
 
 
 def keys_first(q: Array, k: Array, v: Array, causal: bool = True) -> Array:
-    """Scores as (S, T): the softmax's sums run over rows, which a CPU does faster than along them."""
+    """Scores as (S, T): the softmax's sums go from row to row, which suits a CPU better."""
     scores = jnp.einsum("bshd,bthd->bhst", k, q * q.shape[-1] ** -0.5)
     if causal:
         steps = jnp.arange(scores.shape[-1])

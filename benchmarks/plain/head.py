@@ -39,7 +39,7 @@ def _total(loss: Loss, w: Array, b: Array, x: Array, y: Array) -> Array:
 
 def whole(loss: Loss = by_optax, checkpoint: bool = False) -> Callable[..., Any]:
     """All rows at once."""
-    total = functools.partial(_total, loss)
+    total: Callable[..., Array] = functools.partial(_total, loss)
     total = jax.checkpoint(total) if checkpoint else total
     return jax.value_and_grad(lambda p, y: total(p["w"], p["b"], p["x"], y) / len(y))
 

@@ -96,8 +96,8 @@ def shifted(activation: str, checkpoint: bool = True, policy: Any = None) -> Fun
 
 def split_first(params: Any) -> Any:
     """The parameters that `shifted` takes."""
-    first, rest = (jax.tree.map(lambda p: p[part], params) for part in (0, slice(1, None)))
-    return {"first": first, "rest": rest}
+    first = jax.tree.map(lambda p: p[0], params)
+    return {"first": first, "rest": jax.tree.map(lambda p: p[1:], params)}
 
 
 def join_first(grads: Any) -> Any:
@@ -140,7 +140,7 @@ def unrolled(activation: str, before: bool = False, checkpoint: bool = False) ->
 def unstack(params: Any) -> Any:
     """The parameters that `unrolled` takes."""
     depth = len(jax.tree.leaves(params)[0])
-    return tuple(jax.tree.map(lambda p: p[i], params) for i in range(depth))
+    return tuple(jax.tree.map(lambda p, i=i: p[i], params) for i in range(depth))
 
 
 def stack(grads: Any) -> Any:

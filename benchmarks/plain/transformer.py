@@ -184,7 +184,7 @@ def block(how: Arrangement, sizes: Sizes, x: Array, p: Any) -> Array:
 
 def blocks(how: Arrangement, sizes: Sizes) -> Callable[..., Array]:
     """(parameters of the blocks, x (B, T, D)) -> (B, T, D)."""
-    body = functools.partial(block, how, sizes)
+    body: Callable[..., Array] = functools.partial(block, how, sizes)
     if "block" in how.checkpoint:
         policy = POLICIES.save_only_these_names(*how.names) if how.names else how.policy
         body = jax.checkpoint(body, policy=policy, prevent_cse=not how.scanned)
@@ -197,7 +197,7 @@ def blocks(how: Arrangement, sizes: Sizes) -> Callable[..., Array]:
             x, _ = lax.scan(lambda x, p: (body(x, p), None), x, params, unroll=how.unroll)
         else:
             for i in range(sizes.depth):
-                x = body(x, jax.tree.map(lambda p: p[i], params))
+                x = body(x, jax.tree.map(lambda p, i=i: p[i], params))
         return x.reshape(shape)
 
     return run
@@ -220,7 +220,7 @@ def _chunked(both: Callable[..., Any], chunks: int) -> Callable[..., Any]:
 
 
 def blocks_alone(how: Arrangement, sizes: Sizes) -> Callable[..., Any]:
-    """params, x, y -> (value, grads): squared error, summed over an example, mean over the batch."""
+    """params, x, y -> (value, grads): squared error, the mean over batch and positions."""
     run = blocks(how, sizes)
 
     def cost(params: Any, x: Array, y: Array) -> Array:
