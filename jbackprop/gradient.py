@@ -45,6 +45,9 @@ class Kept(NamedTuple):
 class Backprop:
     """One mini-batch, swept forward and back. Every cost and every delta is one example's own.
 
+    Where a layer couples the examples (`BatchNorm`), a delta before it is that of the summed costs,
+    and a pair is one example's share of their gradient: only the totals mean something.
+
     Attributes:
         losses: C_n, (B,), float32 at least.
         outputs: the outputs of the last layer, (B, ...): net inputs, for the canonical losses.
