@@ -18,6 +18,14 @@ from jbackprop.layers.dense import Init, glorot_uniform
 from jbackprop.sweep import Layer, Trace
 
 
+_he = initializers.he_normal()
+
+
+def he_normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """He, Zhang, Ren and Sun (2015), equation 10, for relu; as a function that pickles."""
+    return _he(key, shape, dtype)
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class _Convolution(Layer):
     """What both convolutions share: their geometry says the rest."""
@@ -48,7 +56,8 @@ class _Convolution(Layer):
             )
 
     def __repr__(self) -> str:
-        return shown(self, "c_in", "c_out", "kernel")
+        plain = dataclasses.replace(self, w_init=glorot_uniform, b_init=initializers.zeros)
+        return shown(plain, "c_in", "c_out", "kernel")
 
     @abc.abstractmethod
     def geometry(self, size: tuple[int, ...]) -> Geometry:

@@ -1,0 +1,100 @@
+"""The plain convolutional network."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+from jbackprop.compose.sequential import Sequential
+from jbackprop.layers import Conv, Dense, Flatten, MaxPool, Relu
+from jbackprop.layers.convolution import he_normal
+from jbackprop.sweep import Node
+
+
+def cnn(
+    shape: Sequence[int],
+    channels: Sequence[int],
+    classes: int,
+    kernel: int = 3,
+    pool: int = 2,
+    hidden: Sequence[int] = (),
+    activation: Node | None = None,
+) -> Sequential:
+    """A convolutional network: convolution, activation and pooling, stage by stage, then Dense.
+
+    In the manner of LeCun, Bottou, Bengio and Haffner (1998), LeNet-5. Every stage keeps the size,
+    with its padding, and the pooling divides it. The weights start as He et al. (2015) have it.
+
+    Args:
+        shape: of one example: (height, width, channels), or (length, channels) for sequences.
+        channels: what each stage gives; as many stages.
+        classes: the number of outputs: net inputs, which is what the canonical losses take.
+        kernel: the size of all kernels, along every axis.
+        pool: the size of the windows of the max-pooling.
+        hidden: the widths of Dense layers before the last one.
+        activation: behind each convolution and each hidden Dense. Relu by default.
+
+    Returns:
+        Sequential(Conv, activation, MaxPool, ..., Flatten, [Dense, activation, ...] Dense).
+
+    Raises:
+        ValueError: a shape without spatial axes, no stages, or more of them than the size can be
+            divided by `pool`.
+        TypeError: an activation that is a class and not a layer.
+
+    Example:
+        >>> net = cnn(shape=(28, 28, 1), channels=(16, 32), classes=10)
+    """
+    *size, width = check_shape("cnn", shape)
+    stages = check_widths("cnn", "channels", channels)
+    act = check_activation("cnn", activation)
+    layers: list[Node] = []
+    for l, wider in enumerate(stages):
+        if min(size) < pool:
+            raise ValueError(
+                f"cnn of shape {tuple(shape)}: {len(stages)} stages are too many for windows of "
+                f"{pool}: before stage {l + 1} the size is {tuple(size)}; give at most {l} channels"
+            )
+        axes = len(size)
+        conv = Conv(width, wider, (kernel,) * axes, w_init=he_normal)
+        layers += [conv, act, MaxPool((pool,) * axes)]
+        size, width = [n // pool for n in size], wider
+    for n in size:
+        width *= n
+    layers.append(Flatten())
+    for wider in check_widths("cnn", "hidden", hidden, least=0):
+        layers += [Dense(width, wider, w_init=he_normal), act]
+        width = wider
+    return Sequential(*layers, Dense(width, classes))
+
+
+def check_shape(net: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of one example as ints; raise unless it has spatial axes and one of channels."""
+    shape = check_widths(net, "shape", shape)
+    if len(shape) < 2:
+        raise ValueError(
+            f"{net}: shape must be that of one example with its channels, such as (28, 28, 1), "
+            f"not {shape}"
+        )
+    return shape
+
+
+def check_widths(net: str, name: str, widths: Sequence[int], least: int = 1) -> tuple[int, ...]:
+    """The sizes as ints; raise unless there are at least `least` of them, all of 1 or more."""
+    try:
+        sizes = tuple(operator.index(n) for n in widths)
+    except TypeError:
+        raise ValueError(
+            f"{net}: {name} must be whole numbers, such as (16, 32), not {widths!r}"
+        ) from None
+    if len(sizes) < least or any(n < 1 for n in sizes):
+        raise ValueError(f"{net}: {name} must be {least} or more sizes of at least 1, not {sizes}")
+    return sizes
+
+
+def check_activation(net: str, activation: Node | None) -> Node:
+    """The activation, Relu by default; raise where it is no layer."""
+    if activation is not None and not isinstance(activation, Node):
+        hint = "; make an instance: add ()" if isinstance(activation, type) else ""
+        raise TypeError(f"{net}: activation must be a layer, not {activation!r}{hint}")
+    return Relu() if activation is None else activation
