@@ -38,6 +38,11 @@ SOURCE = TESTS.parent / "jbackprop"
 
 RULES = {
     "layers/*.py": "*.slope *.backward *.mean",
+    "layers/batch_norm.py": "*.statistics",
+    "layers/dropout.py": "*._thinned",
+    "layers/gain.py": "rescaled rescaled_back",
+    "layers/joins.py": "*.join",
+    "layers/normalization.py": "*.standardized _group_mean",
     "losses/*.py": "*delta *.error *.mean *.targets *.labels *._spread",
     "losses/base.py": "positions Loss.value_and_delta",
     "compose/*.py": "*.backward *.invert",
@@ -55,6 +60,11 @@ TRANSPORT = "rules.*transport"
 GRADIENT = "gradient.*(collect|transport|hands_out|weight|steps|mixed|ids)"
 KILLERS = {
     "layers/": [LAYER, "FILE", "rules.*(users_activation|draw)", TRANSPORT, "gradient.*mixed"],
+    "layers/batch_norm.py": ["normalization.*(batch|averages)"],
+    "layers/dropout.py": ["embedding.*dropout"],
+    "layers/gain.py": ["embedding.*plain", "normalization.*(plain|half)"],
+    "layers/joins.py": ["embedding.*(plain|tie|zeros|parts)"],
+    "layers/parts.py": ["embedding.*plain"],
     "losses/": [
         "losses.*(complex|value|position|extreme|ignored|_of_|under_jit)",
         LAYER,

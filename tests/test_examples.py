@@ -23,6 +23,7 @@ TESTED = {
     "vanishing_deltas",
     "symmetry",
     "inside_equinox",
+    "mnist_cnn",
 }
 
 
@@ -173,3 +174,10 @@ def test_inside_equinox_uses_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     found = module.main(width=16, steps=1)
     assert not found["rule_ok"]
     assert found["difference"] == pytest.approx(0.01, rel=0.01)
+
+
+def test_mnist_cnn() -> None:
+    found = example("mnist_cnn").main(epochs=1, examples=400)
+    assert found["accuracy"] > 0.8
+    assert list(found["before"]) == ["layers[0]", "layers[3]", "layers[7]", "layers[9]"]
+    assert found["after"]["layers[9]"] < 0.6 * found["before"]["layers[9]"]

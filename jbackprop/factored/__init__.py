@@ -17,5 +17,7 @@ from jbackprop.factored.other import Full as Full
 from jbackprop.factored.other import Nothing as Nothing
 from jbackprop.factored.other import Sum as Sum
 from jbackprop.factored.outer import Outer as Outer
+from jbackprop.factored.patches import Geometry as Geometry
+from jbackprop.factored.patches import Patches as Patches
 from jbackprop.factored.shift import Scale as Scale
 from jbackprop.factored.shift import Shift as Shift
