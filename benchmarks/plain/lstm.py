@@ -83,14 +83,15 @@ def flax(width: int) -> Function:
     model = nn.RNN(nn.OptimizedLSTMCell(width))
 
     def cost(params: Any, x: Array, y: Array) -> Array:
-        return _error(model.apply({"params": {"cell": params}}, x), y)
+        h: Any = model.apply({"params": {"cell": params}}, x)
+        return _error(h, y)
 
     return jax.value_and_grad(cost)
 
 
 def to_flax(params: Any) -> Any:
     """The parameters as Flax's cell names them."""
-    found = {}
+    found: dict[str, Any] = {}
     for letter, *parts in zip("ifgo", *(jnp.split(params[k], 4, -1) for k in ("w_x", "w_h", "b"))):
         w_x, w_h, b = parts
         found |= {f"i{letter}": {"kernel": w_x}, f"h{letter}": {"kernel": w_h, "bias": b}}

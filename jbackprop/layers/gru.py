@@ -74,7 +74,7 @@ class GRU(Recurrent):
     def _step(
         self, params: PyTree, state: Array, z: Array
     ) -> tuple[Array, tuple[Array, Array, Array, Array]]:
-        z_r, z_u, z_n = jnp.split(z + params["b"].astype(z.dtype), 3)
+        z_r, z_u, z_n = jnp.split(z, 3)
         v_r, v_u, v_n = jnp.split(recurrent_input(state, params["w_h"]), 3)
         r, u = jax.nn.sigmoid(z_r + v_r), jax.nn.sigmoid(z_u + v_u)
         m = v_n + params["b_h"].astype(z.dtype)

@@ -90,7 +90,7 @@ class LSTM(Recurrent):
         self, params: PyTree, state: tuple[Array, Array], z: Array
     ) -> tuple[PyTree, tuple[Array, ...]]:
         h_before, c_before = state
-        z = z + recurrent_input(h_before, params["w_h"]) + params["b"].astype(z.dtype)
+        z = z + recurrent_input(h_before, params["w_h"])
         z_i, z_f, z_g, z_o = jnp.split(z, 4)
         i, f, g, o = jax.nn.sigmoid(z_i), jax.nn.sigmoid(z_f), jnp.tanh(z_g), jax.nn.sigmoid(z_o)
         c = f * c_before + i * g
