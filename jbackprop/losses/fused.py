@@ -297,7 +297,7 @@ def _in_parts(f: Callable[[Any, int, Any], Any], total: int, size: int, carry: A
     """f(start, size, carry) for parts of `total`, the last as big as is left."""
     if size < total:
         number = total // size
-        carry = lax.fori_loop(0, number, lambda i, c: f(i.astype("int32") * size, size, c), carry)
+        carry = lax.fori_loop(0, number, lambda i, c: f(jnp.int32(i) * size, size, c), carry)
         start = number * size
         return f(start, total - start, carry) if start < total else carry
     return f(0, total, carry)
@@ -309,4 +309,5 @@ def _default_chunk(bytes_each: int) -> int:
 
 def _by_example(costs: Array, y: Array) -> Array:
     """The sums over the positions of every example, (B,), of costs in blocks."""
-    return jnp.sum(costs.reshape(-1)[: y.size].reshape(len(y), -1), axis=1)
+    each = costs.reshape(-1)[: y.size].reshape(len(y), math.prod(y.shape[1:]))
+    return jnp.sum(each, axis=1)
