@@ -17,6 +17,7 @@ import jbackprop as jb
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TESTED = {
+    "adding_problem",
     "worked_example",
     "regression",
     "three_modes",
@@ -133,6 +134,19 @@ def test_vanishing_deltas_are_those_of_autodiff(tmp_path: Path) -> None:
     deltas = jax.vmap(jax.grad(costs), in_axes=(None, 0, 0))(biases, x, y)
     first, last = (np.mean(np.linalg.norm(d, axis=1)) for d in (deltas[0], deltas[-1]))
     assert ratios["sigmoid"][6] == pytest.approx(first / last, rel=1e-4)
+
+
+def test_adding_problem(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "adding.png"
+    found = example("adding_problem").main(
+        steps=16, hidden=24, examples=3000, epochs=14, output=path
+    )
+    assert found["errors"]["LSTM"] < 0.02
+    trained = found["flows"]["trained"]
+    reach = {name: norms[0] / norms[-1] for name, norms in trained.items()}
+    assert reach["LSTM"] > 0.02
+    assert all(norms.shape == (16,) for norms in trained.values())
+    assert is_png(path)
 
 
 def test_symmetry(tmp_path: Path) -> None:
