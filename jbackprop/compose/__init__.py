@@ -13,3 +13,4 @@ from jbackprop.compose.resnet import resnet as resnet
 from jbackprop.compose.reversible import Reversible as Reversible
 from jbackprop.compose.sequential import Sequential as Sequential
 from jbackprop.compose.skip import Skip as Skip
+from jbackprop.compose.tied import Tied as Tied
