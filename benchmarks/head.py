@@ -43,7 +43,7 @@ def ours() -> list[Contestant]:
     return [Contestant("ours", fused, "ours")]
 
 
-def contestants(rows: int) -> Sequence[Contestant]:
+def contestants(rows: int, vocab: int) -> Sequence[Contestant]:
     """Everybody."""
     found = [
         Contestant("optax loss", head.whole(), "plain"),
@@ -52,16 +52,13 @@ def contestants(rows: int) -> Sequence[Contestant]:
         Contestant("logsumexp, mask", head.whole(head.by_mask)),
         Contestant("checkpoint around Dense and loss", head.whole(checkpoint=True)),
     ]
-    for size in (rows // 16, rows // 8, rows // 4):
+    for size in (rows // 32, rows // 16, rows // 4):
         found += [
             Contestant(f"checkpoint, blocks of {size}", head.blocks(size), "idiomatic"),
-            Contestant(f"checkpoint, mask, blocks of {size}", head.blocks(size, head.by_mask)),
             Contestant(f"gradients forward, blocks of {size}", head.gradients_forward(size)),
-            Contestant(
-                f"gradients forward, mask, blocks of {size}",
-                head.gradients_forward(size, head.by_mask),
-            ),
         ]
+    for size in (vocab // 32, vocab // 16):
+        found.append(Contestant(f"checkpoint, {size} classes a block", head.over_vocabulary(size)))
     return found
 
 
@@ -70,7 +67,7 @@ def workload(rows: int, width: int, vocab: int) -> Workload:
     return Workload(
         f"{rows} positions, width {width}, vocabulary {vocab}",
         functools.partial(data, rows, width, vocab),
-        functools.partial(contestants, rows),
+        functools.partial(contestants, rows, vocab),
         {"plain": (0.85, 0.07), "idiomatic": (1.0, float("inf"))},
     )
 

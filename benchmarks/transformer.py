@@ -86,6 +86,10 @@ def arrangements() -> dict[str, tuple[str, Arrangement]]:
         tuned[f"checkpoint around block, halves in {n} pieces, barrier"] = Arrangement(
             ("block", "halves"), barrier=True, pieces=n
         )
+    for pieces, n in (("", 1), (" in 2 pieces", 2), (" in 4 pieces", 4)):
+        tuned[f"checkpoint around block, halves{pieces} and gelu, barrier"] = Arrangement(
+            ("block", "halves", "gelu"), barrier=True, pieces=n
+        )
     return found | {name: ("tuned", how) for name, how in tuned.items()}
 
 
@@ -114,6 +118,8 @@ KEPT = (
     "checkpoint, flat, 4 chunks",
     "checkpoint around halves in 2 pieces, barrier",
     "checkpoint around halves in 4 pieces, barrier",
+    "checkpoint around block, halves and gelu, barrier",
+    "checkpoint around block, halves in 4 pieces and gelu, barrier",
 )
 """The arrangements that were on the front, or near it, at one size at least; --all tries more."""
 

@@ -80,3 +80,32 @@ def gradients_forward(rows: int, loss: Loss = by_optax) -> Callable[..., Any]:
         return value / n, {"w": w / n, "b": b / n, "x": x.reshape(p["x"].shape) / n}
 
     return value_and_grad
+
+
+def over_vocabulary(columns: int) -> Callable[..., Any]:
+    """A checkpointed scan over blocks of classes with a running logsumexp: no (N, V) array.
+
+    The gradient of each block's weights is made once, and nothing of that size is added up.
+    """
+
+    def cost(p: Any, y: Array) -> Array:
+        n, (width, classes) = len(y), p["w"].shape
+        blocks = classes // columns
+        w = jnp.moveaxis(p["w"].reshape(width, blocks, columns), 1, 0)
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def body(carry: Any, part: Any) -> tuple[Any, None]:
+            top, total, own = carry
+            start, w, b = part
+            z = p["x"] @ w + b
+            new = lax.stop_gradient(jnp.maximum(top, jnp.max(z, axis=1)))
+            total = total * jnp.exp(top - new) + jnp.sum(jnp.exp(z - new[:, None]), axis=1)
+            hit = (y - start)[:, None] == jnp.arange(columns)
+            return (new, total, own + jnp.sum(jnp.where(hit, z, 0), axis=1)), None
+
+        first = (jnp.full(n, -1e30), jnp.zeros(n), jnp.zeros(n))
+        parts = (columns * jnp.arange(blocks), w, p["b"].reshape(blocks, columns))
+        (top, total, own), _ = lax.scan(body, first, parts)
+        return jnp.mean(top + jnp.log(total) - own)
+
+    return jax.value_and_grad(cost)

@@ -51,10 +51,11 @@ class Arrangement:
     Attributes:
         checkpoint: where `jax.checkpoint` stands: any of "block" (around each), "halves" (around
             attention and around the perceptron, with their norms), "parts" (around the pieces of
-            a block that end in a matmul) and "core" (around attention, norms and gelu alone).
+            a block that end in a matmul), "core" (around attention, norms and gelu alone) and
+            "gelu".
         policy: of "block".
         names: what "block" saves.
-        barrier: `prevent_cse` of "halves" and "parts", which also keeps their redo from starting
+        barrier: `prevent_cse` of "halves", "parts" and "gelu", which also keeps their redo from starting
             before its delta has come.
         flat: activations (B T, D), so that every matmul is two-dimensional.
         attend: which attention; see `plain.attention`.
@@ -142,6 +143,7 @@ def block(how: Arrangement, sizes: Sizes, x: Array, p: Any) -> Array:
     D, H = sizes.width, sizes.heads
     attend, gelu = ATTEND[how.attend], ACTIVATIONS[how.gelu]
     core, part, half = (_around(how, what) for what in ("core", "parts", "halves"))
+    active = _around(how, "gelu")(core(gelu))
     norm = core(functools.partial(_norm, fast=how.fast_norm))
 
     @core
@@ -163,7 +165,7 @@ def block(how: Arrangement, sizes: Sizes, x: Array, p: Any) -> Array:
 
     @part
     def down(z: Array, p: Any) -> Array:
-        return _dense(checkpoint_name(core(gelu)(z), "active"), p["down"])
+        return _dense(checkpoint_name(active(z), "active"), p["down"])
 
     @half
     def first(x: Array, p: Any) -> Array:
