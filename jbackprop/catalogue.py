@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,22 @@ import numpy as np
 from jax import Array
 
 from jbackprop import check, layers, losses
-from jbackprop.compose import Sequential, mlp
+from jbackprop.compose import (
+    Checkpoint,
+    FanOut,
+    Frozen,
+    Parallel,
+    Repeat,
+    Reversible,
+    Sequential,
+    Skip,
+    Tied,
+    bidirectional,
+    cnn,
+    lstm,
+    mlp,
+    resnet,
+)
 from jbackprop.losses import Loss
 from jbackprop.sweep import Layer, Node, Trace, forward
 
@@ -34,6 +50,34 @@ def _bilinear_params(key: Array) -> Any:
     u, v = jax.random.normal(key, (2, 6, 4))
     return {"u": u, "v": v}
 
+
+def _several(*shapes: Any) -> Any:
+    """Arrays of these shapes for each example; the last two arguments are (key, batch)."""
+    *shapes, key, batch = shapes
+    keys = jax.random.split(key, len(shapes))
+    return tuple(jax.random.normal(k, (batch, *s)) for k, s in zip(keys, shapes, strict=True))
+
+
+def _ids(key: Array, batch: int) -> Array:
+    return jax.random.randint(key, (batch, 6), 0, 5)
+
+
+def _one_id(key: Array, batch: int) -> Array:
+    return jax.random.randint(key, (batch,), 0, 4)
+
+
+def _ids_and_numbers(key: Array, batch: int) -> Any:
+    return _ids(key, batch), jax.random.normal(key, (batch, 2))
+
+
+def _sequence_and_states(key: Array, batch: int) -> Any:
+    x, h, c = (jax.random.normal(k, (batch, *s)) for k, s in
+               zip(jax.random.split(key, 3), ((4, 3), (2,), (2,)), strict=True))  # fmt: skip
+    return x, (h, c)
+
+
+_gelu_dense = Sequential(layers.Gelu(), layers.Dense(3, 3))
+_tanh_dense = Sequential(layers.Tanh(), layers.Dense(2, 2))
 
 Inputs = tuple[int, ...] | Callable[[Array, int], Any]
 
@@ -65,8 +109,80 @@ LAYERS: tuple[tuple[Node, Inputs], ...] = (
     (layers.Softmax(), (2, 3)),
     (layers.Activation(_cubic, _cubic_slope), (5,)),
     (layers.Autodiff(_bilinear, _bilinear_params), (6,)),
+    (layers.RNN(3, 2), (4, 3)),
+    (layers.RNN(2, 3, reverse=True, activation=layers.Gelu()), (3, 2)),
+    (layers.LSTM(3, 4), (5, 3)),
+    (layers.LSTM(1, 1, reverse=True, truncate=9), (2, 1)),
+    (layers.LSTM(3, 2, states=True), _sequence_and_states),
+    (layers.GRU(3, 2, reverse=True), (4, 3)),
+    (bidirectional(layers.RNN(3, 2)), (3, 3)),
+    (lstm(None, 3, 2, bidirectional=True, vocab=5), _ids),
+    (layers.LayerNorm(5), (5,)),
+    (layers.LayerNorm(4, scale=False, shift=False), (3, 4)),
+    (layers.RMSNorm(5), (2, 5)),
+    (layers.RMSNorm(4, epsilon=0.1, shift=True), (4,)),
+    (layers.GroupNorm(2, 6), (3, 2, 6)),
+    (layers.GroupNorm(1, 4, shift=False), (4,)),
+    (layers.InstanceNorm(3), (4, 3)),
+    (layers.BatchNorm(5), (5,)),
+    (layers.BatchNorm(3, scale=False), (2, 2, 3)),
+    (layers.Gain(5), (5,)),
+    (layers.Gain(4, 0.1), (3, 4)),
+    (layers.Affine(4), (3, 4)),
+    (layers.Times(-0.5), (3,)),
+    (layers.Add(), functools.partial(_several, (3,), (3,))),
+    (layers.Multiply(), functools.partial(_several, (2, 3), (2, 3))),
+    (layers.Multiply(), functools.partial(_several, (3,), (3,), (3,), (3,))),
+    (layers.Concatenate(), functools.partial(_several, (2, 3), (2, 1))),
+    (layers.Maximum(), functools.partial(_several, (3,), (3,), (3,))),
+    (layers.Split(1, 3), (2, 4)),
+    (layers.Select(1), _ids_and_numbers),
+    (layers.Take(), (3, 2)),
+    (layers.Take(0), (3, 2, 2)),
+    (layers.Dropout(0.4), (5,)),
+    (layers.Dropout(0), (5,)),
+    (layers.Embedding(5, 3), _ids),
+    (layers.Embedding(4, 2), _one_id),
+    (layers.Positions(4, 3), (4, 3)),
+    (layers.Positions(5, 2), (3, 2)),
+    (layers.Conv(3, 2, (3, 2)), (4, 3, 3)),
+    (layers.Conv(2, 4, (3,), stride=2, padding="VALID", dilation=2, groups=2), (9, 2)),
+    (layers.Conv(3, 3, (2, 3), stride=(2, 1), padding=((2, 0), (0, 1)), groups=3), (4, 4, 3)),
+    (layers.Conv(1, 2, (1, 1, 2), bias=False), (2, 1, 2, 1)),
+    (layers.ConvTranspose(3, 2, (3, 2), stride=2), (2, 3, 3)),
+    (layers.ConvTranspose(4, 2, (2,), stride=3, padding="VALID", groups=2), (3, 4)),
+    (layers.MaxPool((2, 2)), (5, 4, 2)),
+    (layers.MaxPool((3,), stride=2, padding="SAME"), (6, 2)),
+    (layers.AveragePool((2, 2)), (5, 4, 2)),
+    (layers.AveragePool((3, 2), stride=(2, 1), padding="SAME"), (4, 3, 2)),
+    (layers.GlobalAveragePool(), (3, 2, 4)),
+    (layers.GlobalMaxPool(), (3, 2, 4)),
+    (layers.Flatten(), (3, 2)),
+    (layers.Reshape((2, -1)), (4, 3)),
+    (layers.Upsample(2), (2, 3, 2)),
+    (layers.Upsample((3, 1)), (2, 2, 2)),
+    (Tied(layers.Embedding(5, 3), Sequential(layers.Dense(3, 2), layers.Dense(2, 3))), _ids),
     (Sequential(layers.Dense(6, 3), layers.Sigmoid(), layers.Dense(3, 2)), (6,)),
     (Sequential(layers.Tanh(), Sequential(layers.Dense(4, 3), layers.Gelu())), (4,)),
+    (Skip(Sequential(layers.Dense(3, 3), layers.Tanh())), (3,)),
+    (Skip(layers.Sigmoid(), layers.Dense(3, 3)), (2, 3)),
+    (
+        Sequential(
+            FanOut(layers.Dense(3, 2), layers.Tanh(), layers.Dense(3, 2)),
+            Parallel(layers.Sigmoid(), layers.Dense(3, 2), layers.Tanh()),
+            layers.Multiply(),
+        ),
+        (3,),
+    ),
+    (Checkpoint(Sequential(layers.Gelu(), layers.Dense(3, 2), layers.Tanh())), (3,)),
+    (Repeat(Sequential(layers.Dense(3, 3), layers.Tanh()), 4), (3,)),
+    (Repeat(Skip(Checkpoint(_gelu_dense)), 5, checkpoint_every=2), (2, 3)),
+    (Repeat(Repeat(_gelu_dense, 2), 2, checkpoint_every=1), (3,)),
+    (Reversible(_gelu_dense, layers.Tanh()), (6,)),
+    (Repeat(Reversible(layers.Dense(2, 2), _tanh_dense), 3), (4,)),
+    (Sequential(layers.Dense(3, 2), Frozen(Sequential(layers.Tanh(), layers.Dense(2, 2)))), (3,)),
+    (cnn((5, 6, 1), (2, 3), 3, hidden=(4,), activation=layers.Tanh()), (5, 6, 1)),
+    (resnet((4, 1), (2, 4), 1, 3, groups=2, activation=layers.Tanh()), (4, 1)),
     (mlp([6, 5, 4, 3], [layers.Relu(), layers.Selu()], layers.Softmax()), (6,)),
 )
 """A layer or composite, and the shape of one example's input; or (key, batch) -> a mini-batch."""
@@ -115,6 +231,14 @@ LOSSES: tuple[tuple[Loss, Targets, Node | None], ...] = (
         _labels,
         None,
     ),
+    (losses.FusedSoftmaxCrossEntropy(), _labels, None),
+    (
+        losses.FusedSoftmaxCrossEntropy(
+            0.2, _WEIGHTS, ignore_index=1, logit_cap=1.5, block=3, vocab_block=2
+        ),
+        _labels,
+        None,
+    ),
     (losses.PoissonNLL(), _counts, None),
     (losses.Huber(), _real, None),
     (losses.Huber(0.3), _real, None),
@@ -126,7 +250,7 @@ LOSSES: tuple[tuple[Loss, Targets, Node | None], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One rule, and a network and a mini-batch that try it. Arrays are made when they are asked for.
+    """One rule, and a network and a mini-batch that try it. Arrays are made when asked for.
 
     Attributes:
         name: of the rule and what it is tried on.
@@ -135,7 +259,6 @@ class Case:
         loss: the loss, for which the net's outputs are net inputs.
         inputs: as in `LAYERS`.
         targets: as in `LOSSES`; None for random numbers of the outputs' shape.
-        seed: of parameters, inputs and targets.
         batch: how many examples.
     """
 
@@ -145,8 +268,12 @@ class Case:
     loss: Loss
     inputs: Inputs
     targets: Targets | None
-    seed: int
     batch: int
+
+    @property
+    def seed(self) -> int:
+        """Its own, wherever it stands in the table."""
+        return zlib.crc32(self.name.encode())
 
     @functools.cached_property
     def params(self) -> Any:
@@ -183,15 +310,15 @@ class Case:
 def cases(batch: int = 7) -> list[Case]:
     """One case for every rule: the layer alone under squared error, the loss behind an MLP."""
     found = []
-    for i, (layer, inputs) in enumerate(LAYERS):
+    for layer, inputs in LAYERS:
         x = _shapes(inputs, batch)
         name = f"{layer} on {_described(x)}"
         net = layer if _gives_an_array(layer, x) else Sequential(layer, _Line())
-        found.append(Case(name, layer, net, losses.SquaredError(), inputs, None, 10 * i, batch))
-    for i, (loss, targets, output) in enumerate(LOSSES):
+        found.append(Case(name, layer, net, losses.SquaredError(), inputs, None, batch))
+    for loss, targets, output in LOSSES:
         net = mlp([4, 5, 3], layers.Tanh(), output)
         name = f"{loss}, {targets.__name__[1:]}" + (f" behind {output}" if output else "")
-        found.append(Case(name, loss, net, loss, (4,), targets, 10 * i + 5, batch))
+        found.append(Case(name, loss, net, loss, (4,), targets, batch))
     return found
 
 

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 from jbackprop.factored import PyTree
@@ -59,14 +61,29 @@ class Checkpoint(Composite):
         transport: PyTree,
         aux: PyTree,
     ) -> tuple[Any, PyTree]:
-        # Without the barrier XLA would find that it has all this already, and keep it.
-        x, delta = lax.optimization_barrier((trace.x, delta))
+        x, delta = after(trace.x, delta)
         with inside("layer", self.layer):
             y, saved = forward(self.layer, params, x, trace.saved)
             y = trace.y if "y" in self.layer.reads else y
             return backward(
                 self.layer, params, self.layer.trace(x, y, saved), delta, collect, transport, aux
             )
+
+
+def after(x: Any, delta: Any) -> tuple[Any, Any]:
+    """x and delta as they are, but x not before delta is there.
+
+    Without the barrier the compiler would find that it has all that is to be done again already, and
+    keep it. On the CPU it drops barriers before it schedules, and might then do the work again
+    early: so x is made to depend on delta, in a way that is always true and never known to be.
+    """
+    x, delta = lax.optimization_barrier((x, delta))
+    first = [d for d in jax.tree.leaves(delta) if d.size]
+    if not first:
+        return x, delta
+    bits = lax.bitcast_convert_type(first[0].reshape(-1)[0], f"int{8 * first[0].dtype.itemsize}")
+    there = (bits | 1) != 0
+    return jax.tree.map(lambda v: jnp.where(there, v, jnp.zeros_like(v)), x), delta
 
 
 class _Open(Checkpoint):
