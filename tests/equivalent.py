@@ -107,4 +107,19 @@ EQUIVALENT: dict[str, list[str]] = {
         "_layer_backward: as_told(layer, params, rule(carry, trace, delta))"
         " -> as_told(layer, carry, rule(carry, trace, delta))",
     ],
+    "a square": ["BatchNorm.statistics: x - m -> m - x"],
+    "equal once in 2^32 draws": [
+        "Dropout._thinned: jax.random.bits(key, x.shape, jnp.uint32) >= jnp.uint32(int(self.rate * 2 ** 32))"
+        " -> jax.random.bits(key, x.shape, jnp.uint32) > jnp.uint32(int(self.rate * 2 ** 32))",
+    ],
+    "a product of h and delta": ["rescaled_back: Scale.of(h, delta) -> Scale.of(delta, h)"],
+    "a wider integer than is needed": [
+        "Maximum.join: len(x) <= 256 -> len(x) < 256",
+        "Maximum.join: len(x) <= 256 -> len(x) <= 255",
+    ],
+    "the first is not larger than itself": ["Maximum.join: range(1, len(x)) -> range(0, len(x))"],
+    "what is scanned has the length": [
+        "Repeat.backward: lax.scan(segment, (delta, trace.y), (whole, starts), reverse=True, length=self.n // every)"
+        " -> lax.scan(segment, (delta, trace.y), (whole, starts), reverse=True)",
+    ],
 }

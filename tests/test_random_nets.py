@@ -54,7 +54,7 @@ class Problem:
 def problems(draw, scales=(2.0,)):
     case = draw(st.sampled_from(range(len(catalogue.LOSSES))))
     loss, _, output = catalogue.LOSSES[case]
-    depth = draw(st.one_of(st.integers(1, 5), st.just(12)))
+    depth = draw(st.sampled_from([1, 2, 3, 4, 5, 12]))
     widths = draw(st.lists(st.integers(1, 64), min_size=depth, max_size=depth))
     activations = draw(
         st.lists(st.sampled_from(ACTIVATIONS), min_size=depth - 1, max_size=depth - 1)
