@@ -48,7 +48,7 @@ CASES = [
     (jb.Concatenate(), lambda _, x: jnp.concatenate(x, -1), several((2, 3), (2, 1), (2, 2))),
     (jb.Concatenate(), lambda _, x: x[0], several((2,))),
     (jb.Maximum(), lambda _, x: jnp.max(jnp.stack(x), 0), several(*[(2, 3)] * 5)),
-    (jb.Split(1, 3, 2), lambda _, x: (x[..., :1], x[..., 1:4], x[..., 4:]), normal(4, 2, 6)),
+    (jb.Split(1, 3, 2), lambda _, x: (x[..., :1], x[..., 1:4], x[..., 4:]), normal(4, 2, 2, 6)),
     (jb.Select(-2), lambda _, x: x[1], several((2,), (3, 2), (1,))),
     (jb.Select(1), lambda _, x: x[1], (IDS, normal(4, 2))),
     (jb.Take(), lambda _, x: x[-1], normal(4, 3, 2)),

@@ -216,6 +216,14 @@ def test_averages_are_those_of_pytorch():
     assert_close(y, truth["eval_y"])
 
 
+def test_averages_of_half_precision_are_computed_in_float32():
+    layer, x = jb.BatchNorm(3), (300 + normal(50, 3)).astype("bfloat16")
+    found = jb.batch_averages(layer, layer.init(None), x)["net"]
+    assert found.mean.dtype == found.variance.dtype == "float32"
+    np.testing.assert_allclose(found.mean, np.mean(x.astype(float), 0), rtol=1e-6)
+    np.testing.assert_allclose(found.variance, np.var(x.astype(float), 0, ddof=1), rtol=1e-4)
+
+
 def small_net():
     block = jb.Sequential(jb.Dense(4, 4), jb.BatchNorm(4), jb.Tanh())
     return jb.Sequential(
