@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from contest import Contestant, Workload, main
 from plain import transformer_peers as peers
 from plain.transformer import (
@@ -140,38 +141,95 @@ def model_data(sizes: Sizes) -> tuple[Any, ...]:
     return init_model(key, sizes), tokens, targets
 
 
-def ours(sizes: Sizes) -> list[Contestant]:
-    """The delta rule, as long as it is there to take part."""
-    if not hasattr(jb, "Attention"):
+def _is_dict(tree: Any) -> bool:
+    return isinstance(tree, dict)
+
+
+class Order:
+    """From the plain parameters to those of a network of ours, and back for its gradients.
+
+    Both have the same layers in the same order; queries, keys and values may be one Dense or more.
+    """
+
+    def __init__(self, net: Any):
+        template = jax.eval_shape(net.init, jax.random.key(0))
+        self.leaves, self.tree = jax.tree.flatten(template, is_leaf=_is_dict)
+
+    def pack(self, p: Any) -> Any:
+        """The parameters of the network."""
+        blocks, around = (p["blocks"], p) if "blocks" in p else (p, None)
+        start = 0 if around is None else 2
+        attention = []
+        at = 0
+        for shape in self._attention(start):
+            part = slice(at, at := at + shape["w"].shape[-1])
+            attention.append(
+                {"w": blocks["qkv"]["w"][..., part], "b": blocks["qkv"]["b"][..., part]}
+            )
+        found = [
+            blocks["norm1"], *attention, blocks["proj"], blocks["norm2"], blocks["up"],
+            blocks["down"],
+        ]  # fmt: skip
+        if around is not None:
+            tables = (around["tokens"], around["positions"])
+            first = [dict.fromkeys(d, t) for d, t in zip(self.leaves, tables, strict=False)]
+            found = [*first, *found, around["norm"], around["head"]]
+        return self.tree.unflatten(found)
+
+    def unpack(self, g: Any) -> Any:
+        """Gradients in the plain order."""
+        found = jax.tree.leaves(g, is_leaf=_is_dict)
+        start = 2 if "scale" not in found[0] else 0
+        n = len(self._attention(start))
+        parts = found[start + 1 : start + 1 + n]
+        qkv = {name: jnp.concatenate([p[name] for p in parts], axis=-1) for name in ("w", "b")}
+        names = ("proj", "norm2", "up", "down")
+        rest = dict(zip(names, found[start + 1 + n :], strict=False))
+        blocks = {"norm1": found[start], "qkv": qkv} | rest
+        if not start:
+            return blocks
+        tokens, positions = (next(iter(d.values())) for d in found[:2])
+        around = {"tokens": tokens, "positions": positions, "norm": found[-2], "head": found[-1]}
+        return around | {"blocks": blocks}
+
+    def _attention(self, start: int) -> list[Any]:
+        """The Dense layers between the first norm and the attention's last."""
+        second = next(i for i in range(start + 1, 99) if "scale" in self.leaves[i])
+        return self.leaves[start + 1 : second - 1]
+
+
+def ours(sizes: Sizes, whole: bool = False) -> list[Contestant]:
+    """The delta rule, as long as it is there to take part: its default, and what else one may try.
+
+    Args:
+        sizes: of the network.
+        whole: the language model, not its blocks alone.
+    """
+    if not hasattr(jb, "transformer_block"):
         return []
     D, H = sizes.width, sizes.heads
-    attention = jb.Sequential(
-        jb.LayerNorm(D), jb.Dense(D, 3 * D), jb.Split(D, D, D), jb.Attention(H, causal=True),
-        jb.Dense(D, D),
-    )  # fmt: skip
-    perceptron = jb.Sequential(jb.LayerNorm(D), jb.Dense(D, 4 * D), jb.Gelu(), jb.Dense(4 * D, D))
-    redone = jb.Sequential(jb.Skip(jb.Checkpoint(attention)), jb.Skip(jb.Checkpoint(perceptron)))
-    kept = jb.Sequential(jb.Skip(attention), jb.Skip(perceptron))
-
-    def pack(p: Any) -> Any:
-        first = (p["norm1"], p["qkv"], (), (), p["proj"])
-        return first, (p["norm2"], p["up"], (), p["down"])
-
-    def unpack(g: Any) -> Any:
-        first = {"norm1": g[0][0], "qkv": g[0][1], "proj": g[0][4]}
-        return first | {"norm2": g[1][0], "up": g[1][1], "down": g[1][3]}
-
-    return [
-        Contestant(
-            name, jb.value_and_grad(jb.Repeat(layer, sizes.depth), jb.SquaredError()), kind,
-            pack, unpack,
+    loss = jb.SoftmaxCrossEntropy() if whole else jb.SquaredError()
+    nets = {}
+    if whole:
+        nets["ours"] = jb.transformer(sizes.vocab, D, sizes.depth, H, sizes.length)
+    else:
+        nets["ours"] = jb.Repeat(jb.transformer_block(D, H), sizes.depth)
+        attention = jb.Sequential(jb.LayerNorm(D), jb.multi_head_attention(D, H, causal=True))
+        perceptron = jb.Sequential(
+            jb.LayerNorm(D), jb.Dense(D, 4 * D), jb.Gelu(), jb.Dense(4 * D, D)
         )
-        for name, kind, layer in (
-            ("ours", "ours", redone),
-            ("ours, everything kept", "variant", kept),
-            ("ours, checkpoint around a block", "variant", jb.Checkpoint(kept)),
+        kept = jb.Sequential(jb.Skip(attention), jb.Skip(perceptron))
+        halves = jb.Sequential(
+            jb.Skip(jb.Checkpoint(attention)), jb.Skip(jb.Checkpoint(perceptron))
         )
-    ]  # fmt: skip
+        nets["ours, everything kept"] = jb.Repeat(kept, sizes.depth)
+        nets["ours, checkpoint around halves"] = jb.Repeat(halves, sizes.depth)
+    found = []
+    for name, net in nets.items():
+        order, kind = Order(net), "ours" if name == "ours" else "variant"
+        function = jb.value_and_grad(net, loss)
+        found.append(Contestant(name, function, kind, order.pack, order.unpack))
+    return found
 
 
 def contestants(sizes: Sizes, names: Sequence[str] = KEPT) -> Sequence[Contestant]:
@@ -198,11 +256,11 @@ def contestants(sizes: Sizes, names: Sequence[str] = KEPT) -> Sequence[Contestan
 
 def modellers(sizes: Sizes) -> Sequence[Contestant]:
     """Everybody, for the language model."""
-    return [
-        Contestant(name, model(how, sizes), kind)
-        for name, (kind, how) in ARRANGEMENTS.items()
-        if name in KEPT
-    ]
+    found = ours(sizes, whole=True)
+    for name in KEPT:
+        kind, how = ARRANGEMENTS[name]
+        found.append(Contestant(name, model(how, sizes), kind))
+    return sorted(found, key=lambda p: p.kind != "plain")
 
 
 def workloads(names: Sequence[str]) -> tuple[Workload, ...]:

@@ -55,8 +55,8 @@ class Arrangement:
             "gelu".
         policy: of "block".
         names: what "block" saves.
-        barrier: `prevent_cse` of "halves", "parts" and "gelu", which also keeps their redo from starting
-            before its delta has come.
+        barrier: `prevent_cse` of "halves", "parts" and "gelu", which also keeps their redo
+            from starting before its delta has come.
         flat: activations (B T, D), so that every matmul is two-dimensional.
         attend: which attention; see `plain.attention`.
         scanned: a `lax.scan` over the blocks, or a Python loop.
