@@ -1,6 +1,20 @@
 """Mutants that compute the same as the rule: why, and which."""
 
 EQUIVALENT: dict[str, list[str]] = {
+    "one example: JAX takes an index beyond it for the last": [
+        "_Convolution.backward: geometry.back(x.shape[:-1]).correlate(delta[None], w)[0]"
+        " -> geometry.back(x.shape[:-1]).correlate(delta[None], w)[1]",
+    ],
+    "padding never wins, whatever it holds": [
+        "MaxPool.backward: axis.seen(x, -jnp.inf) -> axis.seen(x, jnp.inf)",
+    ],
+    "as long by construction": [
+        "MaxPool.backward: zip(axis.seen(x, -jnp.inf), axis.real(), strict=True) -> zip",
+    ],
+    "pooling keeps the number of axes, and the channels": [
+        "MaxPool.backward: y.ndim - axis.axis -> x.ndim - axis.axis",
+        "GlobalMaxPool.backward: trace.x.shape[-1] -> trace.y.shape[-1]",
+    ],
     "a and z have one sign, and pass a kink together": [
         "Relu.slope: a > 0 -> z > 0",
         "Relu.backward: trace.y > 0 -> trace.x > 0",

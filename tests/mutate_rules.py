@@ -43,13 +43,21 @@ RULES = {
     "layers/gain.py": "rescaled rescaled_back",
     "layers/joins.py": "*.join",
     "layers/normalization.py": "*.standardized _group_mean",
+    "layers/recurrent.py": "*._step_back *._pairs *._cuts *._for_loop carried _plus_hidden",
+    "layers/lstm.py": "*._step_back",
+    "layers/gru.py": "*._step_back *._pairs *._for_loop",
+    "layers/pooling.py": "_Axis.* *._shares *._stages",
+    "layers/shapes.py": "*._blocks",
     "losses/*.py": "*delta *.error *.mean *.targets *.labels *._spread",
     "losses/base.py": "positions Loss.value_and_delta",
+    "losses/fused.py": "*.value *._capped *._slope *.head* *._rows *._forward *._mass *._delta_of"
+    " *._spread_evenly *.cut _add_at _in_parts _by_example",
     "compose/*.py": "*.backward *.invert",
     "sweep.py": "backward _layer_backward leafwise",
     "factored/*.py": "*.total *.each *.square_norm *.second_moment *.dot *.gram *.stacked *.restore"
     " *.of *._summands *._sum *._same_form _* present weighted wide_dtype wide_square flat einsum"
     " depth_into_groups stacked_place",
+    "factored/patches.py": "Geometry.* *.outer",
 }
 """The rules of each file, as patterns of qualified names; a file has those of all that match it."""
 
@@ -65,13 +73,23 @@ KILLERS = {
     "layers/gain.py": ["embedding.*plain", "normalization.*(plain|half)"],
     "layers/joins.py": ["embedding.*(plain|tie|zeros|parts)"],
     "layers/parts.py": ["embedding.*plain"],
+    "layers/pooling.py": ["convolution.*(pool|first|kink|nan|average)"],
+    "layers/shapes.py": ["convolution.*(half|reshape)"],
+    "layers/gru.py": ["recurrent.*(pytorch|reaches|first_state|written|transport|pieces|loop)"],
+    "layers/lstm.py": ["recurrent.*(pytorch|reaches|first_state|written|transport|pieces|loop)"],
+    "layers/recurrent.py": ["recurrent.*(pytorch|reaches|first_state|written|transport|pieces|loop)"],
     "losses/": [
         "losses.*(complex|value|position|extreme|ignored|_of_|under_jit)",
         LAYER,
     ],
+    "losses/fused.py": [
+        "fused.*(whatever|net_inputs)", "fused.*(weight_0|ignored|infinite|ends_in|narrow)",
+    ],
     "compose/": [COMPOSITE, "FILE"],
+    "compose/tied.py": ["fused.*(tied|transport_for|two_ways)"],
     "compose/sequential.py": [NETWORK, GRADIENT],
     "sweep.py": [NETWORK, TRANSPORT, GRADIENT],
+    "factored/patches.py": ["convolution.*(kernel|pytorchs|patches)"],
     "factored/": [
         "factored", r"rules.*question.*\[Dense\(6, 4\)", "gradient.*(steps|weight_is)", "FILE"
     ],

@@ -264,7 +264,25 @@ def test_average_of_half_precision_is_taken_in_float32():
     assert delta_x.item() == 4096
     x = jnp.array([0, 0, 1, 0, 0], jnp.bfloat16).reshape(1, 5, 1)
     delta = jnp.array([256, 1, 1], jnp.bfloat16).reshape(1, 3, 1)
-    assert swept(M((3,), stride=1), (), x, delta)[0][0, 2, 0] == 258
+    for layer, due in ((M((3,), stride=1), 258), (A((3,), stride=1), 86)):
+        delta_x, _ = swept(layer, (), x, delta)
+        assert delta_x.dtype == jnp.bfloat16
+        assert delta_x[0, 2, 0] == due
+
+
+@pytest.mark.parametrize("layer", [C(2, 3, (3,), stride=2), T(2, 3, (3,), stride=2)], ids=str)
+def test_a_kernel_of_another_dtype_is_promoted(layer):
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = jax.tree.map(lambda w: w.astype(jnp.float32), layer.init(keys[0]))
+    x = jax.random.normal(keys[1], (2, 5, 2), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        z, _ = jb.forward(layer, params, x)
+        found = swept(layer, params, x, jnp.ones_like(z))
+    due = swept(layer, params, x.astype(jnp.float32), jnp.ones_like(z))
+    assert z.dtype == jnp.float32
+    assert found[0].dtype == jnp.bfloat16
+    assert_close(found[0], due[0].astype(jnp.bfloat16))
+    assert_close(found[1], due[1], 1e-6)
 
 
 def kept(layer, shape, seed=0, batch=3):

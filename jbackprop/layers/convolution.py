@@ -17,7 +17,6 @@ from jbackprop.layers.checks import check_features, check_params, check_sizes, s
 from jbackprop.layers.dense import Init, glorot_uniform
 from jbackprop.sweep import Layer, Trace
 
-
 _he = initializers.he_normal()
 
 
@@ -78,7 +77,8 @@ class _Convolution(Layer):
         check_params(self, params, self._shapes)
         geometry = self.geometry(x.shape[:-1])
         windows.check_outputs(self, x, geometry.outputs(x.shape[:-1]))
-        z = geometry.correlate(x[None], params["w"])[0]
+        dtype = jnp.result_type(x, params["w"])
+        z = geometry.correlate(x[None].astype(dtype), params["w"].astype(dtype))[0]
         if self.bias:
             z = z + jnp.broadcast_to(params["b"], z.shape)
         return z, None
