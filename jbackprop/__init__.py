@@ -18,11 +18,19 @@ from jbackprop.compose import Repeat as Repeat
 from jbackprop.compose import Reversible as Reversible
 from jbackprop.compose import Sequential as Sequential
 from jbackprop.compose import Skip as Skip
+from jbackprop.compose import Tied as Tied
 from jbackprop.compose import bidirectional as bidirectional
 from jbackprop.compose import cnn as cnn
+from jbackprop.compose import cross_attention as cross_attention
+from jbackprop.compose import geglu as geglu
+from jbackprop.compose import glu as glu
 from jbackprop.compose import lstm as lstm
 from jbackprop.compose import mlp as mlp
+from jbackprop.compose import multi_head_attention as multi_head_attention
 from jbackprop.compose import resnet as resnet
+from jbackprop.compose import swiglu as swiglu
+from jbackprop.compose import transformer as transformer
+from jbackprop.compose import transformer_block as transformer_block
 from jbackprop.factored import Factored as Factored
 from jbackprop.factored import Full as Full
 from jbackprop.factored import Lookup as Lookup
@@ -46,6 +54,7 @@ from jbackprop.layers import RNN as RNN
 from jbackprop.layers import Activation as Activation
 from jbackprop.layers import Add as Add
 from jbackprop.layers import Affine as Affine
+from jbackprop.layers import Attention as Attention
 from jbackprop.layers import Autodiff as Autodiff
 from jbackprop.layers import AveragePool as AveragePool
 from jbackprop.layers import BatchNorm as BatchNorm
@@ -78,6 +87,7 @@ from jbackprop.layers import Recurrent as Recurrent
 from jbackprop.layers import Relu as Relu
 from jbackprop.layers import Reshape as Reshape
 from jbackprop.layers import RMSNorm as RMSNorm
+from jbackprop.layers import Rotary as Rotary
 from jbackprop.layers import Select as Select
 from jbackprop.layers import Selu as Selu
 from jbackprop.layers import Sigmoid as Sigmoid
@@ -91,6 +101,7 @@ from jbackprop.layers import Tanh as Tanh
 from jbackprop.layers import Times as Times
 from jbackprop.layers import Upsample as Upsample
 from jbackprop.losses import CrossEntropy as CrossEntropy
+from jbackprop.losses import FusedSoftmaxCrossEntropy as FusedSoftmaxCrossEntropy
 from jbackprop.losses import Huber as Huber
 from jbackprop.losses import Loss as Loss
 from jbackprop.losses import PoissonNLL as PoissonNLL

@@ -14,6 +14,7 @@ from jbackprop.layers.activations import Silu as Silu
 from jbackprop.layers.activations import Softplus as Softplus
 from jbackprop.layers.activations import Softsign as Softsign
 from jbackprop.layers.activations import Tanh as Tanh
+from jbackprop.layers.attention import Attention as Attention
 from jbackprop.layers.autodiff import Autodiff as Autodiff
 from jbackprop.layers.batch_norm import BatchNorm as BatchNorm
 from jbackprop.layers.convolution import Conv as Conv
@@ -46,6 +47,7 @@ from jbackprop.layers.pooling import GlobalMaxPool as GlobalMaxPool
 from jbackprop.layers.pooling import MaxPool as MaxPool
 from jbackprop.layers.recurrent import RNN as RNN
 from jbackprop.layers.recurrent import Recurrent as Recurrent
+from jbackprop.layers.rotary import Rotary as Rotary
 from jbackprop.layers.shapes import Flatten as Flatten
 from jbackprop.layers.shapes import Reshape as Reshape
 from jbackprop.layers.shapes import Upsample as Upsample

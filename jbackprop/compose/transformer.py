@@ -1,0 +1,115 @@
+"""A GPT-style transformer."""
+
+from __future__ import annotations
+
+from jbackprop.compose.checkpoint import Checkpoint
+from jbackprop.compose.multi_head import multi_head_attention
+from jbackprop.compose.repeat import Repeat
+from jbackprop.compose.sequential import Sequential
+from jbackprop.compose.skip import Skip
+from jbackprop.compose.tied import Tied
+from jbackprop.layers import Dense, Dropout, Embedding, Gelu, LayerNorm, Positions
+from jbackprop.sweep import Node
+
+
+def transformer_block(
+    width: int,
+    heads: int,
+    *,
+    hidden: int | None = None,
+    kv_heads: int | None = None,
+    causal: bool = True,
+    rotary: bool = False,
+    activation: Node | None = None,
+    dropout: float = 0.0,
+) -> Checkpoint:
+    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    As lean as it can be. Inside a `Repeat` its input is all that is kept of it; on the way back one
+    half at a time is done again, and in the second half the activation by itself once more, so that
+    of the four arrays of (positions, hidden) that its rule could read two are there at a time.
+
+    Args:
+        width: features of x (T, width).
+        heads: heads of the attention; divides width.
+        hidden: units of the mlp; by default 4 width.
+        kv_heads, causal, rotary: as `multi_head_attention` takes them.
+        activation: of the mlp; by default Gelu().
+        dropout: rate behind the attention and behind the mlp.
+
+    Source: Radford et al., Language models are unsupervised multitask learners (2019), section 2.3;
+    Xiong et al., On layer normalization in the transformer architecture (2020), figure 1 (b).
+    """
+    hidden = 4 * width if hidden is None else hidden
+    activation = Gelu() if activation is None else activation
+    drop = (Dropout(dropout),) if dropout else ()
+    attention = multi_head_attention(
+        width, heads, kv_heads=kv_heads, causal=causal, rotary=rotary
+    )
+    first = Sequential(LayerNorm(width), attention, *drop)
+    second = Sequential(
+        LayerNorm(width),
+        Dense(width, hidden),
+        Checkpoint(activation),
+        Dense(hidden, width),
+        *drop,
+    )
+    return Checkpoint(Sequential(Checkpoint(Skip(first)), Checkpoint(Skip(second))))
+
+
+def transformer(
+    vocab: int,
+    width: int,
+    depth: int,
+    heads: int,
+    length: int,
+    *,
+    hidden: int | None = None,
+    kv_heads: int | None = None,
+    causal: bool = True,
+    rotary: bool = False,
+    activation: Node | None = None,
+    dropout: float = 0.0,
+    tied: bool = False,
+) -> Sequential | Tied:
+    """A GPT-style language model: pre-norm blocks, scanned, between an embedding and a head.
+
+    Tokens (B, T) of integers below `vocab` in, T at most `length`; net inputs (B, T, vocab) out, for
+    `SoftmaxCrossEntropy` with targets (B, T): an example's cost is the mean over its positions. For
+    a big vocabulary take `FusedSoftmaxCrossEntropy`, which never makes an array of (B, T, vocab).
+
+    Of every block the input is kept, and nothing else; see `transformer_block`.
+
+    Args:
+        vocab: how many tokens there are.
+        width: features of every position.
+        depth: the number of blocks.
+        heads: heads of each attention; divides width.
+        length: the longest sequence that there is a position for.
+        hidden: units of each block's mlp; by default 4 width.
+        kv_heads: heads of keys and values, if fewer than heads.
+        causal: whether a position attends to itself and those before it only.
+        rotary: whether queries and keys are turned by their positions; learned positions are left
+            out then.
+        activation: of the mlps; by default Gelu().
+        dropout: rate behind each attention and each mlp; needs a key= to draw from.
+        tied: whether the head is the embedding's table, transposed (a `Tied` net), rather than a
+            Dense of its own.
+
+    Returns:
+        Sequential(Embedding, Positions, Repeat(block, depth), LayerNorm, Dense), or that of it which
+        goes into `Tied`.
+
+    Raises:
+        ValueError: sizes below 1, or heads that do not divide width.
+    """
+    block = transformer_block(
+        width, heads, hidden=hidden, kv_heads=kv_heads, causal=causal, rotary=rotary,
+        activation=activation, dropout=dropout,
+    )  # fmt: skip
+    positions = () if rotary else (Positions(length, width),)
+    embedding = Embedding(vocab, width)
+    body = (*positions, Repeat(block, depth), LayerNorm(width))
+    if tied:
+        return Tied(embedding, Sequential(*body))
+    return Sequential(embedding, *body, Dense(width, vocab))
