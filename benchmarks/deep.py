@@ -105,6 +105,8 @@ def contestants(
         found.append(
             Contestant("jax.nn.gelu, checkpoint", mlp.scanned("jax.nn.gelu", before, True))
         )
+    if activation == "relu":
+        found.append(Contestant("jnp.maximum, plain", mlp.scanned("jnp.maximum", before)))
     return found + peers(activation, depth, width, before)
 
 

@@ -30,6 +30,7 @@ def exact_gelu(z: Array) -> Array:
 ACTIVATIONS: dict[str, Function] = {
     "tanh": jnp.tanh,
     "relu": jax.nn.relu,
+    "jnp.maximum": lambda z: jnp.maximum(z, 0),
     "gelu": gelu,
     "jax.nn.gelu": exact_gelu,
 }
