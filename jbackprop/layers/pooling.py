@@ -24,7 +24,8 @@ class _Axis:
     """The windows along one axis: where they stand, and what each entry of them sees.
 
     Pooling takes one axis after the other: the maximum of the rows' maxima is the maximum, the sum
-    of their sums the sum. So a window is a row of `width` entries here, and `stride` from the next.
+    of their sums the sum. So a window is a row of `width` entries here, and `stride` from the next;
+    there are `outputs` of them, over `size` entries with `low` of padding in front, `high` behind.
     """
 
     axis: int
@@ -32,15 +33,13 @@ class _Axis:
     width: int
     stride: int
     low: int
-
+    high: int
     outputs: int
 
     def seen(self, x: Array, fill: float) -> list[Array]:
         """For each entry of the window, what it sees at every place of it: `width` slices of x."""
-        behind = max((self.outputs - 1) * self.stride + self.width - self.size - self.low, 0)
-        if self.low or behind:
-            ends = [(self.low, behind, 0) if i == self.axis else (0, 0, 0) for i in range(x.ndim)]
-            x = lax.pad(x, jnp.asarray(fill, x.dtype), ends)
+        if self.high:  # there never is more padding in front than behind
+            x = self._sized(x, self.low, self.high, fill=fill)
         span = (self.outputs - 1) * self.stride + 1
         return [lax.slice_in_dim(x, k, k + span, self.stride, self.axis) for k in range(self.width)]
 
@@ -52,11 +51,11 @@ class _Axis:
     def spread(self, shares: list[Array]) -> Array:
         """The transpose of `seen`: each entry's share, added where the entry lay."""
         like = shares[0]
-        if self.width == self.stride and not self.low:  # windows side by side: nothing to add
+        if self.width == self.stride:  # windows side by side: nothing to add
             x = jnp.stack(shares, axis=self.axis + 1)
             covered = self.outputs * self.width
             x = x.reshape(*like.shape[: self.axis], covered, *like.shape[self.axis + 1 :])
-            return self._sized(x, 0, self.size - covered)
+            return self._sized(x, -self.low, self.size + self.low - covered)
         span = (self.outputs - 1) * self.stride + 1
         total = None
         for k, share in enumerate(shares):
@@ -66,11 +65,9 @@ class _Axis:
         assert total is not None
         return total
 
-    def _sized(self, x: Array, front: int, behind: int, between: int = 0) -> Array:
-        if not (front or behind or between):
-            return x
+    def _sized(self, x: Array, front: int, behind: int, between: int = 0, fill: float = 0) -> Array:
         ends = [(front, behind, between) if i == self.axis else (0, 0, 0) for i in range(x.ndim)]
-        return lax.pad(x, jnp.zeros((), x.dtype), ends)
+        return lax.pad(x, jnp.asarray(fill, x.dtype), ends)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -109,7 +106,7 @@ class _Pooling(Weightless):
         padding = windows.pairs(self.padding, size, self.window, strides)
         found = []
         for i, (n, k, s, pair) in enumerate(zip(size, self.window, strides, padding, strict=True)):
-            found.append(_Axis(i, n, k, s, pair[0], (n + sum(pair) - k) // s + 1))
+            found.append(_Axis(i, n, k, s, *pair, (n + sum(pair) - k) // s + 1))
         return found
 
 
