@@ -145,7 +145,6 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
         """
         (p, classes), rows = w.shape, self._rows(h, w, y, weights)
         size, dtype = self._block(w, len(rows.y)), rows.share.dtype
-        chunk = self.vocab_block or _default_chunk(size * dtype.itemsize)
 
         def block(sums: Any, rows: _Rows) -> tuple[Any, tuple[Array, Array]]:
             ahead = self._forward(rows, w, b)
@@ -154,7 +153,7 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
             def some(start: Any, size: int, carry: Any) -> Any:
                 """The part of `size` classes in all sums."""
                 w_grad, b_grad, delta_h = carry
-                z, w_part = (lax.dynamic_slice_in_dim(v, start, size, axis=1) for v in (ahead.z, w))
+                z, w_part = (_part(v, start, size) for v in (ahead.z, w))
                 delta = self._delta_of(z, ahead.log_sum, rows, start, classes)
                 if b_grad is not None:
                     b_grad = _add_at(b_grad, start, _dot(rows.weight[None], delta, 1, 0)[0])
@@ -164,7 +163,7 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
                 return w_grad, b_grad, delta_h
 
             carry = (*sums, jnp.zeros((len(rows.y), p), dtype))
-            *sums, delta_h = _in_parts(some, classes, chunk, carry)
+            *sums, delta_h = _in_parts(some, classes, self._chunk(ahead.z), carry)
             delta_h = (rows.share[:, None] * delta_h).astype(h.dtype)
             return tuple(sums), (ahead.cost, delta_h)
 
@@ -204,10 +203,16 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
 
     def _forward(self, rows: _Rows, w: Array, b: Array | None) -> _Ahead:
         """One block of positions, as far as its costs."""
-        z = _dot(rows.h, w.astype(rows.h.dtype), 1, 0)
-        if b is not None:
-            z = z + b.astype(z.dtype)[None]
-        z = self._capped(z)
+
+        def some(start: Any, size: int, z: Array) -> Array:
+            """Net inputs of `size` classes; what is done to all at once takes another array."""
+            part = _dot(rows.h, _part(w, start, size).astype(rows.h.dtype), 1, 0)
+            if b is not None:
+                part = part + _part(b, start, size).astype(part.dtype)[None]
+            return lax.dynamic_update_slice_in_dim(z, self._capped(part), start, 1)
+
+        slab = jnp.zeros((len(rows.y), w.shape[1]), rows.share.dtype)
+        z = _in_parts(some, w.shape[1], self._chunk(slab), slab)
         own = jnp.take_along_axis(z, rows.y[:, None], axis=1, mode="clip")
         top = jnp.max(z, axis=1, keepdims=True)
         log_sum = jnp.log(jnp.sum(jnp.exp(z - top), axis=1, keepdims=True))
@@ -229,7 +234,7 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
         if spread is not None or self.class_weights is not None:
             delta = self._mass(rows, spread)[:, None] * delta
         if spread is not None:
-            delta = delta - lax.dynamic_slice_in_dim(spread, start, z.shape[1])[None]
+            delta = delta - _part(spread, start, z.shape[1])[None]
         hit = lax.broadcasted_iota(jnp.int32, z.shape, 1) == (rows.y - start)[:, None]
         delta = delta - jnp.where(hit, rows.target[:, None], 0)
         return delta * self._slope(z)
@@ -240,6 +245,14 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
         fitting = _SLAB // (classes * wide_dtype(w.dtype).itemsize)
         most = self.block or min(1024, max(fitting, min(p, 256)))
         return -(-rows // max(1, -(-rows // most))) or 1
+
+    def _chunk(self, z: Array) -> int:
+        """How many classes at once."""
+        if self.vocab_block:
+            return self.vocab_block
+        if jax.default_backend() == "cpu":
+            return _CHUNK
+        return max(_CHUNK, _CHUNK_BYTES // (len(z) * z.dtype.itemsize))
 
 
 class _Rows(NamedTuple):
@@ -288,9 +301,13 @@ def _dot(a: Array, b: Array, i: int, j: int) -> Array:
 
 def _add_at(sums: Array, start: Any, more: Array) -> Array:
     """Add to a part of the last axis, in place where the compiler can."""
-    axis = sums.ndim - 1
-    old = lax.dynamic_slice_in_dim(sums, start, more.shape[-1], axis)
-    return lax.dynamic_update_slice_in_dim(sums, old + more, start, axis)
+    more = _part(sums, start, more.shape[-1]) + more
+    return lax.dynamic_update_slice_in_dim(sums, more, start, sums.ndim - 1)
+
+
+def _part(v: Array, start: Any, size: int) -> Array:
+    """A part of the last axis."""
+    return lax.dynamic_slice_in_dim(v, start, size, v.ndim - 1)
 
 
 def _in_parts(f: Callable[[Any, int, Any], Any], total: int, size: int, carry: Any) -> Any:
@@ -301,10 +318,6 @@ def _in_parts(f: Callable[[Any, int, Any], Any], total: int, size: int, carry: A
         start = number * size
         return f(start, total - start, carry) if start < total else carry
     return f(0, total, carry)
-
-
-def _default_chunk(bytes_each: int) -> int:
-    return _CHUNK if jax.default_backend() == "cpu" else max(_CHUNK, _CHUNK_BYTES // bytes_each)
 
 
 def _by_example(costs: Array, y: Array) -> Array:
