@@ -26,9 +26,15 @@ from jbackprop.compose import (
     Tied,
     bidirectional,
     cnn,
+    cross_attention,
+    geglu,
+    glu,
     lstm,
     mlp,
+    multi_head_attention,
     resnet,
+    swiglu,
+    transformer,
 )
 from jbackprop.losses import Loss
 from jbackprop.sweep import Layer, Node, Trace, forward
@@ -51,9 +57,9 @@ def _bilinear_params(key: Array) -> Any:
     return {"u": u, "v": v}
 
 
-def _several(*shapes: Any) -> Any:
+def _several(*given: Any) -> Any:
     """Arrays of these shapes for each example; the last two arguments are (key, batch)."""
-    *shapes, key, batch = shapes
+    *shapes, key, batch = given
     keys = jax.random.split(key, len(shapes))
     return tuple(jax.random.normal(k, (batch, *s)) for k, s in zip(keys, shapes, strict=True))
 
@@ -78,6 +84,14 @@ def _sequence_and_states(key: Array, batch: int) -> Any:
 
 _gelu_dense = Sequential(layers.Gelu(), layers.Dense(3, 3))
 _tanh_dense = Sequential(layers.Tanh(), layers.Dense(2, 2))
+
+
+def _to_attend(shapes: Any, mask: tuple[int, ...], key: Array, batch: int) -> Any:
+    """Arrays of these shapes and a mask, which leaves the first example without anything."""
+    arrays = _several(*shapes, key, batch)
+    there = jax.random.bernoulli(key, 0.6, (batch, *mask)).at[0].set(False)
+    return *arrays, there
+
 
 Inputs = tuple[int, ...] | Callable[[Array, int], Any]
 
@@ -153,6 +167,35 @@ LAYERS: tuple[tuple[Node, Inputs], ...] = (
     (layers.ConvTranspose(4, 2, (2,), stride=3, padding="VALID", groups=2), (3, 4)),
     (layers.MaxPool((2, 2)), (5, 4, 2)),
     (layers.MaxPool((3,), stride=2, padding="SAME"), (6, 2)),
+    (layers.Attention(2), functools.partial(_several, (3, 6), (4, 6), (4, 4))),
+    (
+        layers.Attention(4, 2, causal=True, block=2),
+        functools.partial(_several, (5, 8), (5, 4), (5, 4)),
+    ),
+    (layers.Attention(1, scale=0.7), functools.partial(_several, *[(1, 1)] * 3)),
+    (
+        layers.Attention(2, 1, block=2),
+        functools.partial(_to_attend, ((3, 4), (4, 2), (4, 3)), (4,)),
+    ),
+    (
+        layers.Attention(2, causal=True, block=1),
+        functools.partial(_to_attend, ((5, 4), (5, 4), (5, 2)), (5, 5)),
+    ),
+    (layers.Rotary(2), (4, 8)),
+    (layers.Rotary(1, base=10.0, interleaved=True), (3, 6)),
+    (multi_head_attention(4, 2, causal=True, rotary=True), (3, 4)),
+    (
+        multi_head_attention(4, 2, 1, masked=True),
+        functools.partial(_to_attend, ((3, 4),), (3,)),
+    ),
+    (cross_attention(4, 2, memory=3), functools.partial(_several, (2, 4), (3, 3))),
+    (
+        cross_attention(2, 1, masked=True, bias=False),
+        functools.partial(_to_attend, ((2, 2), (3, 2)), (3,)),
+    ),
+    (glu(3, 2), (3,)),
+    (swiglu(3, 4), (2, 3)),
+    (geglu(3, 4, 2, bias=True), (3,)),
     (layers.AveragePool((2, 2)), (5, 4, 2)),
     (layers.AveragePool((3, 2), stride=(2, 1), padding="SAME"), (4, 3, 2)),
     (layers.GlobalAveragePool(), (3, 2, 4)),
@@ -181,6 +224,8 @@ LAYERS: tuple[tuple[Node, Inputs], ...] = (
     (Reversible(_gelu_dense, layers.Tanh()), (6,)),
     (Repeat(Reversible(layers.Dense(2, 2), _tanh_dense), 3), (4,)),
     (Sequential(layers.Dense(3, 2), Frozen(Sequential(layers.Tanh(), layers.Dense(2, 2)))), (3,)),
+    (transformer(5, 4, 2, heads=2, length=6, kv_heads=1, hidden=3), _ids),
+    (transformer(5, 4, 1, heads=2, length=6, hidden=3, rotary=True, tied=True), _ids),
     (cnn((5, 6, 1), (2, 3), 3, hidden=(4,), activation=layers.Tanh()), (5, 6, 1)),
     (resnet((4, 1), (2, 4), 1, 3, groups=2, activation=layers.Tanh()), (4, 1)),
     (mlp([6, 5, 4, 3], [layers.Relu(), layers.Selu()], layers.Softmax()), (6,)),

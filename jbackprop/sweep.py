@@ -337,9 +337,15 @@ def _layer_backward(
     rule = jax.vmap(layer.backward, in_axes=(None, 0, 0), axis_name=BATCH_AXIS)
     delta_x, factored = as_told(layer, params, rule(carry, trace, delta))
     shapes = jax.tree.map(jax.numpy.shape, (trace.x, delta_x))
-    if trace.x is not None and delta_x is not None and shapes[0] != shapes[1]:
+    due = jax.tree.map(_shape_of_delta, trace.x)
+    if trace.x is not None and delta_x is not None and due != shapes[1]:
         raise ValueError(f"{layer}: backward gives dC/dx of shape {shapes[1]} for x {shapes[0]}")
     return delta_x, place_in(factored, params)
+
+
+def _shape_of_delta(x: Array) -> tuple[int, ...] | None:
+    """That of x; None where x has integers, and so no delta."""
+    return x.shape if jax.numpy.issubdtype(x.dtype, jax.numpy.inexact) else None
 
 
 def as_told(layer: Layer, params: PyTree, out: Any) -> tuple[Any, PyTree]:
