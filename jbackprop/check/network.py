@@ -382,6 +382,8 @@ def _by_each_rule(net: Node, loss: Loss, point: Any, deltas: dict[str, Any]) -> 
     found: dict[str, Any] = {"loss": {"delta": loss.delta(z, y)}}
     stacks = stack_axes(net)
     for path, layer, own in learning(net, params):
+        if not jax.tree.leaves((deltas[path], own)):  # it hands integers on
+            continue
         alone = over_copies(functools.partial(_by_its_rule, layer), stacks[path])
         found[path] = alone(own, entered[path], deltas[path])
     return found
