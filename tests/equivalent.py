@@ -9,7 +9,10 @@ EQUIVALENT: dict[str, list[str]] = {
         "MaxPool.backward: axis.seen(x, -jnp.inf) -> axis.seen(x, jnp.inf)",
     ],
     "as long by construction": [
-        "MaxPool.backward: zip(axis.seen(x, -jnp.inf), axis.real(), strict=True) -> zip",
+        "MaxPool.backward: zip(axis.seen(x, -jnp.inf), axis.real(), strict=True)"
+        " -> zip(axis.seen(x, -jnp.inf), axis.real())",
+        "MaxPool.backward: zip(axis.seen(x, -jnp.inf), axis.real(), strict=True)"
+        " -> zip(axis.seen(x, -jnp.inf), axis.real(), strict=False)",
     ],
     "pooling keeps the number of axes, and the channels": [
         "MaxPool.backward: y.ndim - axis.axis -> x.ndim - axis.axis",

@@ -222,14 +222,14 @@ def test_pooling_is_lax_reduce_window(make, window, options):
     ids=str,
 )
 def test_first_of_equals_wins_alone(layer, value):
-    x = jnp.full((1, 4, 6, 2), value)
+    x = jnp.full((1, 5, 7, 2), value)
     y, _ = jb.forward(layer, (), x)
     delta = jax.random.normal(jax.random.key(0), y.shape)
     delta_x, _ = swept(layer, (), x, delta)
     first = np.zeros(x.shape)  # each window's first entry that is no padding
     if isinstance(layer, M):
         stride = steps(layer.stride or layer.window, 2)
-        low = explicit(layer.padding, (4, 6), layer.window, stride)
+        low = explicit(layer.padding, (5, 7), layer.window, stride)
         for i, j in np.ndindex(y.shape[1:3]):
             at = [max(t * s - p, 0) for t, s, (p, _) in zip((i, j), stride, low, strict=True)]
             first[0, at[0], at[1]] += delta[0, i, j]
@@ -263,7 +263,7 @@ def test_average_of_half_precision_is_taken_in_float32():
     delta_x, _ = swept(jb.Upsample(4096), (), many[:, :1], many)
     assert delta_x.item() == 4096
     x = jnp.array([0, 0, 1, 0, 0], jnp.bfloat16).reshape(1, 5, 1)
-    delta = jnp.array([256, 1, 1], jnp.bfloat16).reshape(1, 3, 1)
+    delta = jnp.array([1, 1, 256], jnp.bfloat16).reshape(1, 3, 1)
     for layer, due in ((M((3,), stride=1), 258), (A((3,), stride=1), 86)):
         delta_x, _ = swept(layer, (), x, delta)
         assert delta_x.dtype == jnp.bfloat16

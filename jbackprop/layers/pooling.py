@@ -221,7 +221,7 @@ class AveragePool(_Pooling):
         counts = np.ones(1)
         for axis in axes:
             counts = counts[..., None, :] * np.sum(axis.real(), axis=0)[:, None]
-        return jnp.broadcast_to(jnp.asarray(1 / counts, y.dtype), y.shape)
+        return jnp.asarray(1 / counts, y.dtype)
 
     def backward(self, params: PyTree, trace: Trace, delta: Array) -> tuple[Array, tuple[()]]:
         axes = self._axes(trace.saved.of[:-1])

@@ -63,9 +63,9 @@ def check_padding(layer: Any, axes: int, explicit: bool = True) -> None:
         fit = numbers and len(pairs) == axes and all(len(pair) == 2 for pair in pairs)
         value = tuple((operator.index(p[0]), operator.index(p[1])) for p in pairs) if fit else None
     if value is None:
-        pairs = f", one number, or {axes} pairs (before, after)" if explicit else ""
+        other = f", one number, or {axes} pairs (before, after)" if explicit else ""
         raise ValueError(
-            f'{type(layer).__name__}: padding must be "SAME", "VALID"{pairs}, not {layer.padding!r}'
+            f'{type(layer).__name__}: padding must be "SAME", "VALID"{other}, not {layer.padding!r}'
         )
     object.__setattr__(layer, "padding", value)
 
