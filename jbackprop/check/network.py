@@ -25,6 +25,7 @@ from jbackprop.check.judge import TruthKind
 from jbackprop.check.numbers import EXACT, by_numbers, confirm, confirm_together, warn_of
 from jbackprop.check.numerical import FIRST, Slope, Slopes
 from jbackprop.check.precision import as_given, cast, exactly, float64, is_float
+from jbackprop.check.programs import reached
 from jbackprop.check.report import Report, composed, demand
 from jbackprop.factored import PyTree, is_factored
 from jbackprop.gradient import check_call, coupling_layer, sweep
@@ -156,6 +157,7 @@ class _Check:
         rules = {
             key: self._leaf(key, f"{key[1]} alone", c, truths[key]) for key, c in alone.items()
         }
+        self._settle_unused(rules, alone)
         if self.truth != "autodiff":
             self._by_numbers(verdicts, rules, truths, together, alone)
         self._explain(verdicts, rules, together, alone, true)
@@ -172,6 +174,31 @@ class _Check:
 
     def _leaf(self, key: tuple[str, str, str], kind: str, c: Any, truth: judge.Truth) -> Report:
         return judge.compare(key[0] + key[2], kind, c, truth, self.dtype, self.tolerance)
+
+    def _settle_unused(self, rules: Any, alone: Any) -> None:
+        """Zeros are right where a layer leaves a part of its input alone."""
+        zeros = [
+            key for key, leaf in rules.items()
+            if key[1] == "dC/dx" and leaf.verdict == "inconclusive" and not np.any(alone[key])
+        ]  # fmt: skip
+        if not zeros:
+            return
+        params, x, _ = self.point
+        with as_given(self.dtype):
+            entered, _ = jax.eval_shape(functools.partial(_inputs, self.net), params, x)
+            for path, layer, own in learning(self.net, params):
+                parts = jax.tree_util.tree_flatten_with_path(entered[path])[0]
+                names = [_name(keys) for keys, _ in parts]
+                run = over_copies(functools.partial(_output, layer), stack_axes(self.net)[path])
+                for key in zeros:
+                    if key[0] != path:
+                        continue
+                    jaxpr = jax.make_jaxpr(run)(own, entered[path]).jaxpr
+                    first = len(jaxpr.invars) - len(names)
+                    at = first + names.index(key[2])
+                    if not any(reached(jaxpr, [i == at for i in range(len(jaxpr.invars))])):
+                        why = "zero, as it must be: the layer does not depend on it"
+                        rules[key] = dataclasses.replace(rules[key], own="right", why=why)
 
     def _told(self) -> list[str]:
         confirmed = {
@@ -311,7 +338,7 @@ class _Check:
         labels = list(_flat({"": {"gradient": own, "dC/dx": _floats(x, x)}}))
         order = list(_flat({"": {"gradient": own}})) + list(_flat({"": {"dC/dx": _floats(x, x)}}))
         back = [order.index(label) for label in labels]  # as `rules` has them
-        run = over_copies(lambda own, x: forward(layer, own, x)[0], axes)
+        run = over_copies(functools.partial(_output, layer), axes)
 
         def program(active: list[Any], passive: list[Any]) -> Array:
             leaves = list(passive[1])
@@ -474,4 +501,8 @@ def _by_vjp(layer: Layer, own: PyTree, x: Any, delta: Any) -> Any:
 
 
 def _plain(layer: Layer) -> Any:
-    return lambda z: forward(layer, (), z)[0]
+    return functools.partial(_output, layer, ())
+
+
+def _output(layer: Layer, own: PyTree, x: Any) -> Any:
+    return forward(layer, own, x)[0]
