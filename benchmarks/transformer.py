@@ -209,7 +209,7 @@ def ours(sizes: Sizes, whole: bool = False) -> list[Contestant]:
         return []
     D, H = sizes.width, sizes.heads
     loss = jb.SoftmaxCrossEntropy() if whole else jb.SquaredError()
-    nets = {}
+    nets: dict[str, Any] = {}
     if whole:
         nets["ours"] = jb.transformer(sizes.vocab, D, sizes.depth, H, sizes.length)
     else:
