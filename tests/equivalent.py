@@ -5,6 +5,11 @@ EQUIVALENT: dict[str, list[str]] = {
         "_Convolution.backward: geometry.back(x.shape[:-1]).correlate(delta[None], w)[0]"
         " -> geometry.back(x.shape[:-1]).correlate(delta[None], w)[1]",
     ],
+    "jnp.sum takes halves in float32 by itself": [
+        "Upsample.backward: jnp.sum(delta.reshape(*blocks, delta.shape[-1]), axis=within,"
+        " dtype=wide_dtype(delta.dtype)) -> jnp.sum(delta.reshape(*blocks, delta.shape[-1]),"
+        " axis=within)",
+    ],
     "padding never wins, whatever it holds": [
         "MaxPool.backward: axis.seen(x, -jnp.inf) -> axis.seen(x, jnp.inf)",
     ],
@@ -13,6 +18,12 @@ EQUIVALENT: dict[str, list[str]] = {
         " -> zip(axis.seen(x, -jnp.inf), axis.real())",
         "MaxPool.backward: zip(axis.seen(x, -jnp.inf), axis.real(), strict=True)"
         " -> zip(axis.seen(x, -jnp.inf), axis.real(), strict=False)",
+        "Upsample.backward: zip(delta.shape[:-1], factors, strict=True)"
+        " -> zip(delta.shape[:-1], factors)",
+        "Upsample.backward: zip(delta.shape[:-1], factors, strict=True)"
+        " -> zip(delta.shape[:-1], factors, strict=False)",
+        "Upsample._blocks: zip(size, factors, strict=True) -> zip(size, factors)",
+        "Upsample._blocks: zip(size, factors, strict=True) -> zip(size, factors, strict=False)",
     ],
     "pooling keeps the number of axes, and the channels": [
         "MaxPool.backward: y.ndim - axis.axis -> x.ndim - axis.axis",

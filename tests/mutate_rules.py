@@ -57,7 +57,8 @@ RULES = {
     "factored/*.py": "*.total *.each *.square_norm *.second_moment *.dot *.gram *.stacked *.restore"
     " *.of *._summands *._sum *._same_form _* present weighted wide_dtype wide_square flat einsum"
     " depth_into_groups stacked_place",
-    "factored/patches.py": "Geometry.* *.outer",
+    "factored/patches.py": "*.outputs *.spread_size *.correlate *.back *.turned *.kernel_gradient"
+    " *.patches *.outer",
 }
 """The rules of each file, as patterns of qualified names; a file has those of all that match it."""
 
@@ -75,9 +76,9 @@ KILLERS = {
     "layers/parts.py": ["embedding.*plain"],
     "layers/pooling.py": ["convolution.*(pool|first|kink|nan|average)"],
     "layers/shapes.py": ["convolution.*(half|reshape)"],
-    "layers/gru.py": ["recurrent.*(pytorch|reaches|first_state|written|transport|pieces|loop)"],
-    "layers/lstm.py": ["recurrent.*(pytorch|reaches|first_state|written|transport|pieces|loop)"],
-    "layers/recurrent.py": ["recurrent.*(pytorch|reaches|first_state|written|transport|pieces|loop)"],
+    "layers/gru.py": ["recurrent.*(pytorch|reaches|first_state|half|transport|pieces|loop)"],
+    "layers/lstm.py": ["recurrent.*(pytorch|reaches|first_state|half|transport|pieces|loop)"],
+    "layers/recurrent.py": ["recurrent.*(pytorch|reaches|first_state|half|transport|pieces|loop)"],
     "losses/": [
         "losses.*(complex|value|position|extreme|ignored|_of_|under_jit)",
         LAYER,

@@ -253,6 +253,7 @@ def test_only_nans_own_window_is_spoilt():
     np.testing.assert_array_equal(
         swept(M((2,)), (), x, jnp.ones((1, 2, 1)))[0][0, :, 0], [0, 1, 1, 0]
     )
+    assert_close(swept(jb.GlobalMaxPool(), (), x, jnp.ones((1, 1)))[0], (x != x).astype(float))
 
 
 def test_average_of_half_precision_is_taken_in_float32():
@@ -262,6 +263,7 @@ def test_average_of_half_precision_is_taken_in_float32():
     many = jnp.full((1, 4096, 1), 1, jnp.bfloat16)
     delta_x, _ = swept(jb.Upsample(4096), (), many[:, :1], many)
     assert delta_x.item() == 4096
+    assert delta_x.dtype == jnp.bfloat16
     x = jnp.array([0, 0, 1, 0, 0], jnp.bfloat16).reshape(1, 5, 1)
     delta = jnp.array([1, 1, 256], jnp.bfloat16).reshape(1, 3, 1)
     for layer, due in ((M((3,), stride=1), 258), (A((3,), stride=1), 86)):

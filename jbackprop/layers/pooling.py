@@ -284,8 +284,7 @@ class GlobalMaxPool(_Global):
 
     def backward(self, params: PyTree, trace: Trace, delta: Array) -> tuple[Array, tuple[()]]:
         x = trace.x.reshape(-1, trace.x.shape[-1])
-        y = jnp.broadcast_to(trace.y, x.shape)
-        first = jnp.argmax((x == y) | (x != x), axis=0)
-        here = lax.broadcasted_iota(first.dtype, x.shape, 0) == jnp.broadcast_to(first, x.shape)
-        delta_x = jnp.where(here, jnp.broadcast_to(delta, x.shape), jnp.zeros((), delta.dtype))
+        first = jnp.argmax((x == trace.y[None]) | (x != x), axis=0)
+        here = lax.broadcasted_iota(first.dtype, x.shape, 0) == first[None]
+        delta_x = jnp.where(here, delta[None], jnp.zeros((), delta.dtype))
         return delta_x.reshape(trace.x.shape), ()
