@@ -174,7 +174,7 @@ class Order:
             tables = (around["tokens"], around["positions"])
             first = [dict.fromkeys(d, t) for d, t in zip(self.leaves, tables, strict=False)]
             found = [*first, *found, around["norm"], around["head"]]
-        return self.tree.unflatten(found)
+        return jax.tree.unflatten(self.tree, found)
 
     def unpack(self, g: Any) -> Any:
         """Gradients in the plain order."""
