@@ -109,13 +109,13 @@ from jbackprop.losses import SigmoidCrossEntropy as SigmoidCrossEntropy
 from jbackprop.losses import SoftmaxCrossEntropy as SoftmaxCrossEntropy
 from jbackprop.losses import SquaredError as SquaredError
 from jbackprop.observe import activations as activations
+from jbackprop.structure import trainable_mask as trainable_mask
 from jbackprop.summary import summary as summary
 from jbackprop.sweep import Composite as Composite
 from jbackprop.sweep import Layer as Layer
 from jbackprop.sweep import Trace as Trace
 from jbackprop.sweep import backward as backward
 from jbackprop.sweep import forward as forward
-from jbackprop.sweep import trainable_mask as trainable_mask
 from jbackprop.train import EarlyStopping as EarlyStopping
 from jbackprop.train import Fit as Fit
 from jbackprop.train import NonFiniteError as NonFiniteError

@@ -26,7 +26,8 @@ from jbackprop.factored import PyTree, wide_dtype
 from jbackprop.layers.batch_norm import BatchNorm
 from jbackprop.layers.gain import Affine
 from jbackprop.observe import Observed, Seen, seen
-from jbackprop.sweep import Layer, Node, batch_size, rebuild, walk
+from jbackprop.structure import rebuild, walk
+from jbackprop.sweep import Layer, Node, batch_size
 
 
 class Averages(NamedTuple):

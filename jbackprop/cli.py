@@ -23,8 +23,9 @@ import optax
 import jbackprop
 from jbackprop import bench, catalogue, check, datasets, layers, losses, metrics
 from jbackprop.compose import mlp
+from jbackprop.structure import walk
 from jbackprop.summary import summary
-from jbackprop.sweep import Node, walk
+from jbackprop.sweep import Node
 from jbackprop.table import render
 from jbackprop.train import EarlyStopping, evaluate, fit
 

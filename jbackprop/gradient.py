@@ -20,18 +20,8 @@ from jax import Array
 
 from jbackprop.factored import Factored, PyTree, is_factored, weighted, wide_dtype
 from jbackprop.losses import Loss
-from jbackprop.sweep import (
-    Collect,
-    Node,
-    backward,
-    batch_size,
-    by_copy,
-    forward,
-    leafwise,
-    rebuild,
-    total,
-    walk,
-)
+from jbackprop.structure import by_copy, rebuild, walk
+from jbackprop.sweep import Collect, Node, backward, batch_size, forward, leafwise, total
 
 
 class Kept(NamedTuple):
@@ -398,9 +388,7 @@ def _fused_value_grad(
     return _value(head.losses, weights), jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
-def costs(
-    net: Node, loss: Loss, params: PyTree, x: Any, y: Any, key: Array | None = None
-) -> Array:
+def costs(net: Node, loss: Loss, params: PyTree, x: Any, y: Any, key: Array | None = None) -> Array:
     """C_n of every example, (B,); without the network's outputs where the loss needs none."""
     if not loss.fuses:
         return loss.value(forward(net, params, x, key)[0], y)

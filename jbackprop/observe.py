@@ -17,17 +17,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jbackprop.factored import Full, PyTree
-from jbackprop.sweep import (
-    Layer,
-    Node,
-    Trace,
-    as_told,
-    by_copy,
-    forward,
-    opened,
-    rebuild,
-    stack_axes,
-)
+from jbackprop.structure import by_copy, opened, rebuild, stack_axes
+from jbackprop.sweep import Layer, Node, Trace, as_told, forward
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from jbackprop.factored import PyTree
 from jbackprop.observe import activations
-from jbackprop.sweep import Node, copies, walk
+from jbackprop.structure import copies, walk
+from jbackprop.sweep import Node
 from jbackprop.table import render
 
 

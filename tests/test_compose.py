@@ -10,7 +10,7 @@ import pytest
 from truth import assert_close, relative
 
 import jbackprop as jb
-from jbackprop import sweep
+from jbackprop import structure, sweep
 from jbackprop.factored import is_factored
 
 BLOCK = jb.Sequential(jb.Dense(4, 4), jb.Tanh())
@@ -184,12 +184,12 @@ def test_transport_carries_the_delta_and_nothing_else(net):
         return {"own": own, "other": jax.lax.stop_gradient(other)}
 
     def cost(params):
-        _, mine = sweep.rebuild(net, params, lambda path, layer, own: (layer, own))
-        _, fed = sweep.rebuild(net, feedback, lambda path, layer, own: (layer, own))
-        parts = dict(zip([p for p, _, _ in sweep.walk(net)], zip(
-            [o for _, _, o in sweep.walk(net, mine)], [o for _, _, o in sweep.walk(net, fed)],
+        _, mine = structure.rebuild(net, params, lambda path, layer, own: (layer, own))
+        _, fed = structure.rebuild(net, feedback, lambda path, layer, own: (layer, own))
+        parts = dict(zip([p for p, _, _ in structure.walk(net)], zip(
+            [o for _, _, o in structure.walk(net, mine)], [o for _, _, o in structure.walk(net, fed)],
             strict=True), strict=True))  # fmt: skip
-        twin, both = sweep.rebuild(
+        twin, both = structure.rebuild(
             net, params,
             lambda path, layer, own: change(path, layer, pair(*parts[path]) if own else ()),
         )  # fmt: skip
@@ -211,7 +211,9 @@ def test_collect_runs_in_the_scan_and_aux_is_routed():
 
     def collect(factored, delta, aux):
         seen.append(delta.shape)
-        return jax.tree.map(lambda pair, a: a * pair.square_norm(), factored, aux, is_leaf=is_factored)
+        return jax.tree.map(
+            lambda pair, a: a * pair.square_norm(), factored, aux, is_leaf=is_factored
+        )
 
     _, found = jb.backward(net, params, trace, delta, collect, aux=aux)
     assert seen == [(5, 4)], "once, for a mini-batch of one copy"
@@ -290,7 +292,9 @@ def test_what_a_stack_keeps():
 
     def grows(make, few=8, many=40):
         (low, less, unit), (high, more, _) = temp(make(few)), temp(make(many))
-        return (high - low - (more - less)) / (many - few) / unit, (high - low) / (many - few) / unit
+        return (high - low - (more - less)) / (many - few) / unit, (high - low) / (
+            many - few
+        ) / unit
 
     kept = grows(lambda n: jb.Repeat(deep(), n))
     assert kept[0] <= 2.05, kept  # its input, and the net input's activation
@@ -340,9 +344,12 @@ def test_errors_inside_name_the_path(key):
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(make, x, message, key):
-    with pytest.raises((ValueError, TypeError), match=message):
+    def run():
         net = make()
         jb.forward(net, net.init(key), x)
+
+    with pytest.raises((ValueError, TypeError), match=message):
+        run()
 
 
 def test_parameters_of_another_depth_are_refused(key):

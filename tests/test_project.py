@@ -11,7 +11,7 @@ import jbackprop as jb
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jbackprop"
 ORDER = [
-    ["factored"], ["sweep"], ["layers"], ["compose"], ["losses"], ["gradient"], ["observe", "table"],
+    ["factored"], ["sweep"], ["structure"], ["layers"], ["compose"], ["losses"], ["gradient"], ["observe", "table"],
     ["averages"], ["check"], ["diagnose", "metrics", "summary"], ["train"], ["catalogue", "datasets", "bench"], ["demo"],
     ["cli"], ["__init__", "__main__"],
 ]  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from truth import assert_close, assert_same, each_grad, mean_cost, relative
 
 import jbackprop as jb
-from jbackprop import catalogue, compose, layers, losses, sweep
+from jbackprop import catalogue, compose, layers, losses, structure, sweep
 from jbackprop.check.programs import reached
 from jbackprop.factored import is_factored
 
@@ -64,7 +64,7 @@ def op_by_op():
     ["float64", "bfloat16", *(pytest.param(d, marks=NEWEST) for d in ("float32", "float16"))],
 )
 def test_agrees_with_autodiff_in_float64(case, dtype):
-    deep = isinstance(case.rule, jb.Composite) and len(list(sweep.walk(case.net))) > 5
+    deep = isinstance(case.rule, jb.Composite) and len(list(structure.walk(case.net))) > 5
     if deep and dtype == "float16":
         pytest.skip("layer by layer it is tried alone; bfloat16 is coarser")
     truth = "both" if dtype == "float64" else "autodiff"  # which numbers have confirmed there

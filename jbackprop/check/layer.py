@@ -18,7 +18,8 @@ from jbackprop.check.precision import FLOOR64, as_given, cast, exactly, float64,
 from jbackprop.check.programs import reached
 from jbackprop.check.report import Figures, Report, composed, demand
 from jbackprop.factored import PyTree, is_factored
-from jbackprop.sweep import Layer, Node, Trace, backward, forward, keep, total, trainable_mask
+from jbackprop.structure import trainable_mask
+from jbackprop.sweep import Layer, Node, Trace, backward, forward, keep, total
 
 
 def layer(

@@ -31,18 +31,8 @@ from jbackprop.factored import PyTree, is_factored
 from jbackprop.gradient import check_call, coupling_layer, sweep
 from jbackprop.losses import Loss
 from jbackprop.observe import Observed, Seen, seen, tapped
-from jbackprop.sweep import (
-    Composite,
-    Layer,
-    Node,
-    backward,
-    forward,
-    stack_axes,
-    total,
-    trainable_mask,
-    untied,
-    walk,
-)
+from jbackprop.structure import stack_axes, trainable_mask, untied, walk
+from jbackprop.sweep import Composite, Layer, Node, backward, forward, total
 
 
 def network(

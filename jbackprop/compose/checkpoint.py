@@ -73,8 +73,8 @@ class Checkpoint(Composite):
 def after(x: Any, delta: Any) -> tuple[Any, Any]:
     """x and delta as they are, but x not before delta is there.
 
-    Without the barrier the compiler would find that it has all that is to be done again already, and
-    keep it. On the CPU it drops barriers before it schedules, and might then do the work again
+    Without the barrier the compiler would find that it has all that is to be done again already,
+    and keep it. On the CPU it drops barriers before it schedules, and might then do the work again
     early: so x is made to depend on delta, in a way that is always true and never known to be.
     """
     x, delta = lax.optimization_barrier((x, delta))

@@ -43,9 +43,7 @@ def transformer_block(
     hidden = 4 * width if hidden is None else hidden
     activation = Gelu() if activation is None else activation
     drop = (Dropout(dropout),) if dropout else ()
-    attention = multi_head_attention(
-        width, heads, kv_heads=kv_heads, causal=causal, rotary=rotary
-    )
+    attention = multi_head_attention(width, heads, kv_heads=kv_heads, causal=causal, rotary=rotary)
     first = Sequential(LayerNorm(width), attention, *drop)
     second = Sequential(
         LayerNorm(width),
@@ -74,9 +72,9 @@ def transformer(
 ) -> Sequential | Tied:
     """A GPT-style language model: pre-norm blocks, scanned, between an embedding and a head.
 
-    Tokens (B, T) of integers below `vocab` in, T at most `length`; net inputs (B, T, vocab) out, for
-    `SoftmaxCrossEntropy` with targets (B, T): an example's cost is the mean over its positions. For
-    a big vocabulary take `FusedSoftmaxCrossEntropy`, which never makes an array of (B, T, vocab).
+    Tokens (B, T) of integers below `vocab` in, T at most `length`; net inputs (B, T, vocab) out,
+    for `SoftmaxCrossEntropy` with targets (B, T): an example's cost is the mean over its positions.
+    For a big vocabulary take `FusedSoftmaxCrossEntropy`: it never makes a (B, T, vocab) array.
 
     Of every block the input is kept, and nothing else; see `transformer_block`.
 
@@ -97,8 +95,8 @@ def transformer(
             Dense of its own.
 
     Returns:
-        Sequential(Embedding, Positions, Repeat(block, depth), LayerNorm, Dense), or that of it which
-        goes into `Tied`.
+        Sequential(Embedding, Positions, Repeat(block, depth), LayerNorm, Dense); where tied, a
+        `Tied` of the first and of what is between.
 
     Raises:
         ValueError: sizes below 1, or heads that do not divide width.

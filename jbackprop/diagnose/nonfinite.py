@@ -11,7 +11,8 @@ from jbackprop.factored import PyTree
 from jbackprop.gradient import backprop, deltas, gradient
 from jbackprop.losses import Loss
 from jbackprop.observe import activations
-from jbackprop.sweep import Node, layers_by_copy, walk
+from jbackprop.structure import layers_by_copy, walk
+from jbackprop.sweep import Node
 
 
 def first_nonfinite(

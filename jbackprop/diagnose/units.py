@@ -13,7 +13,8 @@ from jax import Array
 from jbackprop.factored import PyTree
 from jbackprop.layers import Elementwise, Identity
 from jbackprop.observe import Seen, seen
-from jbackprop.sweep import Layer, Node, Trace, by_copy, layers_by_copy
+from jbackprop.structure import by_copy, layers_by_copy
+from jbackprop.sweep import Layer, Node, Trace
 from jbackprop.table import render
 
 
