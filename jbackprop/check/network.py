@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,12 +26,21 @@ from jbackprop.check.numerical import FIRST, Slope, Slopes
 from jbackprop.check.precision import as_given, cast, exactly, float64, is_float
 from jbackprop.check.programs import reached
 from jbackprop.check.report import Report, composed, demand
-from jbackprop.factored import PyTree, is_factored
-from jbackprop.gradient import check_call, coupling_layer, sweep
+from jbackprop.check.swept import (
+    by_autodiff,
+    by_each_rule,
+    by_rule,
+    floats,
+    inputs_of,
+    learning,
+    output_of,
+    over_copies,
+)
+from jbackprop.factored import PyTree
+from jbackprop.gradient import check_call, coupling_layer
 from jbackprop.losses import Loss
-from jbackprop.observe import Observed, Seen, seen, tapped
 from jbackprop.structure import stack_axes, trainable_mask, untied, walk
-from jbackprop.sweep import Composite, Layer, Node, backward, forward, total
+from jbackprop.sweep import Layer, Node, forward
 
 
 def network(
@@ -86,7 +94,8 @@ def network(
         )
     net, params = untied(net, params)
     params, x, y = jax.tree.map(np.asarray, (params, x, y))
-    dtype = jnp.dtype(dtype or jnp.result_type(*(jax.tree.leaves(params) or jax.tree.leaves(x))))
+    moving = [leaf for leaf in jax.tree.leaves(params) or jax.tree.leaves(x) if is_float(leaf)]
+    dtype = jnp.dtype(dtype or jnp.result_type(*moving))
     point = cast((params, x, y), dtype)
     return _Check(net, loss, point, dtype, truth, tolerance, directions, seed).report()
 
@@ -94,20 +103,6 @@ def network(
 def assert_network(net: Node, loss: Loss, params: PyTree, x: Any, y: Any, **options: Any) -> None:
     """As `network`; raises AssertionError with the report unless all is right."""
     demand(network(net, loss, params, x, y, **options))
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class _Entered(Observed):
-    """A layer that saves its input, for the forward sweep only."""
-
-    def forward(self, params: PyTree, x: Any, key: Array | None = None) -> tuple[Any, Any]:
-        y, _ = self.inner.forward(params, x, key)
-        return y, Seen(x, self.path)
-
-
-def _inputs(net: Node, params: PyTree, x: Any) -> tuple[dict[str, Any], Any]:
-    """The input of every layer, by path; and the outputs of the last."""
-    return seen(net, params, x, _Entered), forward(net, params, x)[0]
 
 
 class _Check:
@@ -129,10 +124,10 @@ class _Check:
     def report(self) -> Report:
         with exactly():
             shapes = jax.eval_shape(
-                functools.partial(_by_autodiff, self.net, self.loss), cast(self.point, "float64")
+                functools.partial(by_autodiff, self.net, self.loss), cast(self.point, "float64")
             )
         known = judge.truths(
-            lambda p: jax.tree.leaves(_by_autodiff(self.net, self.loss, p)),
+            lambda p: jax.tree.leaves(by_autodiff(self.net, self.loss, p)),
             self.point,
             [self.dtype],
             self.seed,
@@ -141,8 +136,8 @@ class _Check:
         true = jax.tree.unflatten(jax.tree.structure(shapes), [t.value for t in known])
         deltas = {path: part["delta"] for path, part in cast(true, self.dtype).items()}
         with as_given(self.dtype):
-            together = _flat(_by_rule(self.net, self.loss, self.point))
-            alone = _flat(_by_each_rule(self.net, self.loss, self.point, deltas))
+            together = _flat(by_rule(self.net, self.loss, self.point))
+            alone = _flat(by_each_rule(self.net, self.loss, self.point, deltas))
         verdicts = {key: self._leaf(key, key[1], c, truths[key]) for key, c in together.items()}
         rules = {
             key: self._leaf(key, f"{key[1]} alone", c, truths[key]) for key, c in alone.items()
@@ -175,11 +170,11 @@ class _Check:
             return
         params, x, _ = self.point
         with as_given(self.dtype):
-            entered, _ = jax.eval_shape(functools.partial(_inputs, self.net), params, x)
+            entered, _ = jax.eval_shape(functools.partial(inputs_of, self.net), params, x)
             for path, layer, own in learning(self.net, params):
                 parts = jax.tree_util.tree_flatten_with_path(entered[path])[0]
                 names = [_name(keys) for keys, _ in parts]
-                run = over_copies(functools.partial(_output, layer), stack_axes(self.net)[path])
+                run = over_copies(functools.partial(output_of, layer), stack_axes(self.net)[path])
                 for key in zeros:
                     if key[0] != path:
                         continue
@@ -268,7 +263,7 @@ class _Check:
         if not any(leaf.verdict == "wrong" for leaf in [*verdicts.values(), *rules.values()]):
             return
         with as_given(self.dtype):
-            entered, z = jax.jit(lambda params, x: _inputs(self.net, params, x))(params, x)
+            entered, z = jax.jit(lambda params, x: inputs_of(self.net, params, x))(params, x)
         sizes = {len(jax.tree.leaves(x)[0]): "the batch size"}
         for n, what in zip(np.shape(z)[:0:-1], ("outputs", "positions"), strict=False):
             sizes.setdefault(int(n), f"the number of {what}")
@@ -325,10 +320,10 @@ class _Check:
         """A program whose gradient by its active arrays is what the layer's rule is to give."""
         inputs, tree = jax.tree.flatten((own, x))
         moving = [i for i, leaf in enumerate(inputs) if is_float(np.asarray(leaf))]
-        labels = list(_flat({"": {"gradient": own, "dC/dx": _floats(x, x)}}))
-        order = list(_flat({"": {"gradient": own}})) + list(_flat({"": {"dC/dx": _floats(x, x)}}))
+        labels = list(_flat({"": {"gradient": own, "dC/dx": floats(x, x)}}))
+        order = list(_flat({"": {"gradient": own}})) + list(_flat({"": {"dC/dx": floats(x, x)}}))
         back = [order.index(label) for label in labels]  # as `rules` has them
-        run = over_copies(functools.partial(_output, layer), axes)
+        run = over_copies(functools.partial(output_of, layer), axes)
 
         def program(active: list[Any], passive: list[Any]) -> Array:
             leaves = list(passive[1])
@@ -342,100 +337,6 @@ class _Check:
 
         active = [np.asarray(inputs[moving[j]]) for j in back]
         return program, (active, [jax.tree.leaves(delta), list(map(np.asarray, inputs))])
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _by_autodiff(net: Node, loss: Loss, point: Any) -> dict[str, Any]:
-    """The truth, where the dtype is float64."""
-    params, x, y = point
-    taps, both = tapped(net, params, x)
-
-    def cost(both: PyTree, x: Any, y: Any) -> Array:
-        return jnp.sum(loss.value(forward(taps, both, x)[0], y))
-
-    def deltas_of_one(example: Any) -> dict[str, Any]:
-        g = jax.grad(cost)(both, *jax.tree.map(lambda leaf: leaf[None], example))
-        return {path: part[1] for path, _, part in learning(net, g)}
-
-    stacks = stack_axes(net)
-    deltas = {  # (B, copies, ...) -> (copies, B, ...)
-        path: jax.tree.map(lambda d, k=stacks[path]: jnp.moveaxis(d, 0, k), delta)
-        for path, delta in jax.vmap(deltas_of_one)((x, y)).items()
-    }
-    entered, z = _inputs(net, params, x)
-    delta = jax.grad(lambda z: jnp.sum(loss.value(z, y)))(z)
-    found: dict[str, Any] = {"loss": {"delta": delta, "value": loss.value(z, y)}}
-    for path, _, (own, _) in learning(net, jax.grad(cost)(both, x, y)):
-        found[path] = {"delta": deltas[path], "gradient": own}
-    for path, layer, own in learning(net, params):
-        by_vjp = over_copies(functools.partial(_by_vjp, layer), stacks[path])
-        found[path]["dC/dx"] = by_vjp(own, entered[path], deltas[path])
-    return found
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _by_rule(net: Node, loss: Loss, point: Any) -> dict[str, Any]:
-    """All together, as the sweep has them."""
-    params, x, y = point
-    taps, both = tapped(net, params, x)
-
-    def collect(factored: PyTree, delta: Any, aux: Any) -> PyTree:
-        own, _ = factored
-        own = jax.tree.map(lambda pair: pair.total(), own, is_leaf=is_factored)
-        return {"delta": delta, "gradient": own}
-
-    swept = sweep(taps, loss, both, x, y, collect)
-    parts = ((path, part) for path, _, part in learning(net, swept.collected))
-    found = {path: part if isinstance(part, dict) else {} for path, part in parts}
-    value, delta = loss.value_and_delta(swept.outputs, y)  # which is what the sweep starts from
-    return found | {"loss": {"delta": delta, "value": value}}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _by_each_rule(net: Node, loss: Loss, point: Any, deltas: dict[str, Any]) -> dict[str, Any]:
-    """Each layer by itself, with the true delta handed in."""
-    params, x, y = point
-    entered, z = _inputs(net, params, x)
-    found: dict[str, Any] = {"loss": {"delta": loss.delta(z, y)}}
-    stacks = stack_axes(net)
-    for path, layer, own in learning(net, params):
-        if not jax.tree.leaves((deltas[path], own)):  # it hands integers on
-            continue
-        alone = over_copies(functools.partial(_by_its_rule, layer), stacks[path])
-        found[path] = alone(own, entered[path], deltas[path])
-    return found
-
-
-def _by_its_rule(layer: Layer, own: PyTree, x: Any, delta: Any) -> dict[str, Any]:
-    z, saved = forward(layer, own, x)
-    delta = jax.tree.map(lambda v, d: None if d is None else d.astype(v.dtype), z, delta)
-    delta_x, own = backward(layer, own, layer.trace(x, z, saved), delta, total)
-    return {"gradient": own, "dC/dx": _floats(delta_x, x)}
-
-
-def learning(net: Node, tree: PyTree = None) -> list[tuple[str, Layer, PyTree]]:
-    """As `walk`, without what is frozen: there is nothing to compare."""
-
-    def frozen(node: Node, path: str) -> Iterator[str]:
-        if not node.learns:
-            yield path
-        elif isinstance(node, Composite):
-            for name, child in node.children().items():
-                yield from frozen(child, f"{path}.{name}" if path else name)
-
-    paths = list(frozen(net, ""))
-    return [
-        found
-        for found in walk(net, tree)
-        if not any(found[0] == p or found[0].startswith(f"{p}.") or not p for p in paths)
-    ]
-
-
-def over_copies(rule: Callable[..., Any], axes: int) -> Callable[..., Any]:
-    """The rule of one copy for stacks of them."""
-    for _ in range(axes):
-        rule = jax.vmap(rule)
-    return rule
 
 
 def _first(parts: list[Report]) -> str:
@@ -467,32 +368,5 @@ def _name(keys: Any) -> str:
     return "".join(f".{getattr(k, 'key', getattr(k, 'idx', getattr(k, 'name', k)))}" for k in keys)
 
 
-def _floats(delta_x: Any, x: Any) -> Any:
-    """A tree like x with None at its integer leaves."""
-    return jax.tree.map(
-        lambda v, d: d if jnp.issubdtype(jnp.result_type(v), jnp.floating) else None, x, delta_x
-    )
-
-
-def _by_vjp(layer: Layer, own: PyTree, x: Any, delta: Any) -> Any:
-    """delta times the Jacobian of the layer's own forward by x; None at integer leaves."""
-    leaves, tree = jax.tree.flatten(x)
-    moves = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-
-    def of(floats: list[Any]) -> Any:
-        left = iter(floats)
-        full = [next(left) if m else leaf for m, leaf in zip(moves, leaves, strict=True)]
-        outputs = jax.tree.leaves(forward(layer, own, jax.tree.unflatten(tree, full))[0])
-        return [y for y in outputs if jnp.issubdtype(y.dtype, jnp.floating)]
-
-    _, back = jax.vjp(of, [leaf for m, leaf in zip(moves, leaves, strict=True) if m])
-    found = iter(back(jax.tree.leaves(delta))[0])
-    return jax.tree.unflatten(tree, [next(found) if m else None for m in moves])
-
-
 def _plain(layer: Layer) -> Any:
-    return functools.partial(_output, layer, ())
-
-
-def _output(layer: Layer, own: PyTree, x: Any) -> Any:
-    return forward(layer, own, x)[0]
+    return functools.partial(output_of, layer, ())
