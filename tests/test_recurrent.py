@@ -11,6 +11,7 @@ from truth import assert_close, relative
 
 import jbackprop as jb
 from jbackprop import sweep
+from jbackprop.layers.recurrent import carried
 
 TORCH = Path(__file__).parent / "torch_truth" / "recurrent.npz"
 
@@ -159,9 +160,9 @@ def test_pieces_that_hand_on_their_states_are_the_whole(kind):
     assert_close(jax.tree.map(jnp.add, g1, g2), grads)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_a_first_state_is_differentiated(reverse):
-    layer = jb.LSTM(2, 3, states=True, reverse=reverse)
+@pytest.mark.parametrize(("reverse", "truncate"), [(False, None), (True, None), (False, 2)])
+def test_a_first_state_is_differentiated(reverse, truncate):
+    layer = jb.LSTM(2, 3, states=True, reverse=reverse, truncate=truncate)
     params, x, u = case(layer, 3)
     k = jax.random.split(jax.random.key(5), 4)
     h, c, u_h, u_c = (jax.random.normal(key, (2, 3)) for key in k)
@@ -211,6 +212,30 @@ def test_transport_carries_the_deltas_through_time(kind):
     _, delta_x, found = swept(layer, params, x, u, transport=feedback)
     assert relative(delta_x, true_delta_x) <= 1e-12
     assert_close(found, grads)
+
+
+def test_what_crosses_in_half_precision_keeps_its_dtype():
+    layer = jb.GRU(2, 3, states=True)
+    params, x, u = case(layer, 4)
+    h = jax.random.normal(jax.random.key(5), (2, 3))
+    args = params, (x, h), (u, h)
+    truth = swept(layer, *args)
+    half = jax.tree.map(lambda v: v.astype("bfloat16"), args)
+    mixed = half[0], half[1], jax.tree.map(lambda v: v.astype("float32"), half[2])
+    wide = jax.tree.map(lambda v: v.astype("float32"), half[0])
+    with jax.numpy_dtype_promotion("standard"):
+        found = [swept(layer, *half), swept(layer, wide, *mixed[1:], transport=half[0])]
+    for each in found:
+        y, delta_x, grads = jax.tree.map(lambda v: v.astype("float64"), each)
+        assert {v.dtype for v in jax.tree.leaves(each[1])} == {jnp.dtype("bfloat16")}
+        assert_close((y, delta_x, grads), truth, 0.05)
+    assert {v.dtype for v in jax.tree.leaves(found[1][0])} == {jnp.dtype("float32")}
+    swept(layer, *half)  # strictly, without any promotion
+
+
+def test_a_delta_keeps_its_dtype_whatever_transport_carries_it():
+    delta, w = jnp.ones(4, "float32"), jnp.ones((3, 4), "float64")
+    assert carried(delta, w).dtype == jnp.dtype("float32")
 
 
 def test_bidirectional_runs_both_ways():
