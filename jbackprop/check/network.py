@@ -154,7 +154,8 @@ class _Check:
         for path, layer, _ in layers:
             own = [leaf for key, leaf in rules.items() if key[0] == path]
             mine = [leaf for key, leaf in verdicts.items() if key[0] == path]
-            parts.append(composed(path, repr(layer), [*mine, *own]))
+            if mine or own:  # not, where integers are handed on
+                parts.append(composed(path, repr(layer), [*mine, *own]))
         return composed("jb.check.network", "", parts, _first(parts), self._told())
 
     def _leaf(self, key: tuple[str, str, str], kind: str, c: Any, truth: judge.Truth) -> Report:
