@@ -67,4 +67,4 @@ WORKLOADS = tuple(
 )
 
 if __name__ == "__main__":
-    main(WORKLOADS, (), str(__doc__))
+    main(WORKLOADS, about=str(__doc__))
