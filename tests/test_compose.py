@@ -284,6 +284,7 @@ def temp(net, batch=64):
 
 
 @pytest.mark.newest
+@pytest.mark.as_shipped
 def test_what_a_stack_keeps():
     """Temporary memory for each copy more, in units of one activation (batch, width)."""
     deep = functools.partial(jb.Sequential, jb.Dense(32, 32), jb.Tanh())
