@@ -46,6 +46,8 @@ EQUIVALENT: dict[str, list[str]] = {
         "Canonical._delta: number == 1 -> number == 0",
     ],
     "the default": [
+        "FusedSoftmaxCrossEntropy._forward: jnp.take_along_axis(z, rows.y[:, None], axis=1)"
+        " -> jnp.take_along_axis(z, rows.y[:, None])",
         "SoftmaxCrossEntropy.mean: jax.nn.softmax(z, axis=-1) -> jax.nn.softmax(z)",
         "SoftmaxCrossEntropy.error: at.add(-1, mode='drop', unique_indices=True, indices_are_sorted=True)"
         " -> at.add(-1, unique_indices=True, indices_are_sorted=True)",
@@ -70,6 +72,28 @@ EQUIVALENT: dict[str, list[str]] = {
         "SoftmaxCrossEntropy.labels: jnp.maximum(number, 1) -> number",
         "SoftmaxCrossEntropy.labels: jnp.maximum(number, 1) -> jnp.maximum(number, 0)",
     ],
+    "an index beyond an axis of 1 is moved into it": [
+        "FusedSoftmaxCrossEntropy.head: _dot(rows.weight[None], delta, 1, 0)[0]"
+        " -> _dot(rows.weight[None], delta, 1, 0)[1]",
+        "FusedSoftmaxCrossEntropy._forward: (:, 0) -> (:, 1)",
+    ],
+    "what does not count has the weight 0, if only it is finite": [
+        "FusedSoftmaxCrossEntropy._rows: jnp.where(there[..., None], h, 0)"
+        " -> jnp.where(there[..., None], h, 1)",
+    ],
+    "all of it is written": [
+        "FusedSoftmaxCrossEntropy._forward: jnp.zeros((len(rows.y), w.shape[1]), rows.share.dtype)"
+        " -> jnp.ones((len(rows.y), w.shape[1]), rows.share.dtype)",
+    ],
+    "blocks of nothing more, or all in one, or a part of nothing": [
+        "_Rows.cut: -len(v) // size -> -len(v)",
+        "_in_parts: size < total -> size <= total",
+        "_in_parts: size < total -> size > total",
+        "_in_parts: f(start, total - start, carry) if start < total else carry"
+        " -> f(start, total - start, carry)",
+        "_in_parts: start < total -> start <= total",
+    ],
+    "the last axis either way": ["_add_at: sums.ndim - 1 -> 1 - sums.ndim"],
     "t is finite": [
         "SoftmaxCrossEntropy._spread: jnp.where(mass[..., None] == 0, 0, t * mass[..., None])"
         " -> t * mass[..., None]"

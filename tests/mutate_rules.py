@@ -38,11 +38,14 @@ SOURCE = TESTS.parent / "jbackprop"
 
 RULES = {
     "layers/*.py": "*.slope *.backward *.mean",
+    "layers/attention.py": "Attention.forward *._over_blocks _Heads.* _dot _flat _part _swapped _join"
+    " _runs",
     "layers/batch_norm.py": "*.statistics",
     "layers/dropout.py": "*._thinned",
     "layers/gain.py": "rescaled rescaled_back",
     "layers/joins.py": "*.join",
     "layers/normalization.py": "*.standardized _group_mean",
+    "layers/rotary.py": "*._turned",
     "layers/recurrent.py": "*._step_back *._pairs *._cuts *._for_loop carried _plus_hidden",
     "layers/lstm.py": "*._step_back",
     "layers/gru.py": "*._step_back *._pairs *._for_loop",
@@ -79,6 +82,7 @@ KILLERS = {
     "layers/gru.py": ["recurrent.*(pytorch|reaches|first_state|half|transport|pieces|loop)"],
     "layers/lstm.py": ["recurrent.*(pytorch|reaches|first_state|half|transport|pieces|loop)"],
     "layers/recurrent.py": ["recurrent.*(pytorch|reaches|first_state|half|transport|pieces|loop)"],
+    "layers/rotary.py": ["attention.*rotary"],
     "losses/": [
         "losses.*(complex|value|position|extreme|ignored|_of_|under_jit)",
         LAYER,
@@ -87,7 +91,7 @@ KILLERS = {
         "fused.*(whatever|net_inputs)", "fused.*(weight_0|ignored|infinite|ends_in|narrow)",
     ],
     "compose/": [COMPOSITE, "FILE"],
-    "compose/tied.py": ["fused.*(tied|transport_for|two_ways)"],
+    "compose/tied.py": ["fused.*(tied|transport|two_ways)"],
     "compose/sequential.py": [NETWORK, GRADIENT],
     "sweep.py": [NETWORK, TRANSPORT, GRADIENT],
     "factored/patches.py": ["convolution.*(kernel|pytorchs|patches)"],

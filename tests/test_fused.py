@@ -131,19 +131,33 @@ def test_an_example_of_weight_0_is_not_there_even_if_it_is_nan():
     value, grads = run(PARAMS, x, Y)
     assert np.isnan(value)
     assert np.isnan(grads[2]["w"]).all()
+    w = normal(4, V)
+    heads = [Fused().head(X, w, None, y, weights) for y in (Y, Y.at[1].set(99))]
+    assert_close(heads[1].w_grad, heads[0].w_grad, 0)
+    assert np.isfinite(heads[1].delta_h).all()
 
 
-def test_ignored_places_are_not_there_even_if_all_are():
-    head = jb.Dense(4, V)
-    params, loss = head.init(jax.random.key(0)), Fused(ignore_index=-1, block=4)
-    run = jb.value_and_grad(head, loss)
-    y = jnp.full((6, 3), -1)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Fused(ignore_index=-1, block=4),
+        Fused(0.1, W, ignore_index=100, logit_cap=2.0, vocab_block=3),
+    ],
+)
+def test_ignored_places_are_not_there_even_if_all_are(loss):
+    head, ignored = jb.Dense(4, V), loss.ignore_index
+    params, run = head.init(jax.random.key(0)), jb.value_and_grad(head, loss)
+    y = jnp.full((6, 3), ignored)
     value, grads = run(params, X.at[0, 0].set(jnp.nan), y)
     assert value == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
-    y = Y.at[1].set(-1)
-    value, grads = run(params, X.at[1, 2].set(jnp.inf), y)
-    assert_close((value, grads), run(params, X, y), 0)
+    y = Y.at[1].set(ignored)
+    assert_close(run(params, X.at[1, 2].set(jnp.inf), y), run(params, X, y), 0)
+    masked = params | {"b": params["b"].at[0].set(-jnp.inf).at[6].set(-jnp.inf)}
+    y = jnp.clip(Y, 1, 5).at[1, 2].set(ignored)
+    assert np.isfinite(run(masked, X, y)[0])
+    found = loss.head(X, params["w"], None, y, jnp.ones(6))
+    assert found.b_grad is None
 
 
 def test_labels_out_of_range_are_never_silent():
@@ -176,6 +190,28 @@ def test_big_and_infinite_net_inputs():
     assert_close(jax.tree.map(lambda g: g[..., jnp.asarray(finite)], grads), truth, 1e-11)
 
 
+def test_a_class_of_weight_0_is_not_there_even_if_its_net_input_is_infinite():
+    loss = Fused(0.1, class_weights=W, vocab_block=2)
+    b = jnp.zeros(V).at[4].set(-jnp.inf)
+    w, y = normal(4, V), jnp.minimum(Y, 3)
+    found = loss.head(X, w, b, y, jnp.ones(6))
+    truth = loss.head(X, w, b.at[4].set(-800.0), y, jnp.ones(6))
+    assert np.isfinite(found.losses).all()
+    assert_close(found, truth)
+
+
+def test_the_delta_of_a_rare_class_in_float16_does_not_underflow():
+    h, w, y = (
+        jnp.ones((2, 1), "float16"),
+        jnp.asarray([[0, -18, 1]], "float16"),
+        jnp.asarray([0, 2]),
+    )
+    found = Fused().head(h, w, None, y, jnp.ones(2))
+    p = jax.nn.softmax(jnp.asarray([0.0, -18, 1]))
+    assert relative(found.w_grad[0, 1], 2 * p[1]) < 1e-5
+    assert found.delta_h.dtype == jnp.float16
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_narrow_parameters(dtype):
     params, x = jax.tree.map(lambda v: v.astype(dtype), (PARAMS, X))
@@ -186,6 +222,7 @@ def test_narrow_parameters(dtype):
         return jnp.mean(plain_costs(plain_net(p, x.astype("float64")), Y, s=0.1))
 
     value, grads = jb.value_and_grad(NET, loss)(params, x, Y)
+    assert loss.delta(normal(6, 3, V).astype(dtype), Y).dtype == dtype
     assert value.dtype == jnp.float32
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(dtype)}
     truth = jax.value_and_grad(cost)(exact)
@@ -383,6 +420,36 @@ def test_a_transport_for_the_table_carries_the_delta_through_the_head():
 
     truth = jax.grad(cost)(TIED_PARAMS[1], other["w"])
     assert_close(jax.tree.map(lambda g: 5 * g, jb.gradient(bp)[1]), truth)
+
+
+def test_tied_gives_each_layer_its_own_transport_and_aux():
+    carry = BODY.init(jax.random.key(9))
+    aux = ("of the table", ("of the first", (), "of the last"))
+    y, table = TIED_PARAMS[0]["w"][IDS], TIED_PARAMS[0]["w"]
+    h, saved = jb.forward(BODY, TIED_PARAMS[1], y)
+    delta = normal(5, 3, V)
+
+    def collect(factored, delta, aux):
+        return delta, aux
+
+    def swept(net, params, x, z, saved, delta, *trees):
+        return jb.backward(net, params, net.trace(x, z, saved), delta, collect, *trees)
+
+    delta_h = jnp.einsum("ntv,vi->nti", delta, table)
+    due = swept(BODY, TIED_PARAMS[1], y, h, saved, delta_h, carry, aux[1])
+    z, saved = jb.forward(TIED, TIED_PARAMS, IDS)
+    delta_x, found = swept(TIED, TIED_PARAMS, IDS, z, saved, delta, (None, carry), aux)
+    assert delta_x is None
+    assert found[0][1] == aux[0]
+    assert (found[1][0][1], found[1][2][1]) == (aux[1][0], aux[1][2])
+    assert_close(
+        (found[0][0], found[1][0][0], found[1][2][0]), (due[0], due[1][0][0], due[1][2][0])
+    )
+    narrow = jax.tree.map(lambda v: v.astype("bfloat16"), TIED_PARAMS)
+    z, saved = jb.forward(TIED, narrow, IDS)
+    wide = ({"w": table.astype("float32")}, None)
+    _, found = swept(TIED, narrow, IDS, z, saved, delta, wide)
+    assert {v.dtype for v in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
 
 
 def test_what_tied_refuses():

@@ -16,7 +16,7 @@ from jbackprop.losses.base import Head, wide
 from jbackprop.losses.softmax import SoftmaxCrossEntropy
 
 _SLAB = 1 << 25  # bytes of net inputs at once
-_CHUNK = 2048  # classes at once on the way back; a CPU's cache holds their deltas
+_CHUNK = 2048  # classes at once; a CPU's cache holds their deltas
 _CHUNK_BYTES = 1 << 27  # and elsewhere, where few big matmuls are faster
 
 
@@ -37,12 +37,12 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
         delta_c  = dC/dz_c = dC/dz'_c (1 - (z'_c / cap)^2)      tanh' = 1 - tanh^2
         dC/dh    = delta W^T,    dC/dW = h (outer) delta,    dC/db = delta
 
-    For a block, z' is made once; of it follow logsumexp and the costs. Then, so many classes at a
-    time as the cache holds, delta is made of z', dC/dh and the sums dC/dW and dC/db, the latter in
-    place, are made of delta, and delta is forgotten. These are the three matmuls that
-    backpropagation has anyway; nothing is computed twice but an exponential. No array has N V
-    entries, and no size need divide another: the last block of positions is filled up with places
-    that do not count, the last classes are a block of their own.
+    For a block, z' is made once, so many classes at a time as the cache holds; of it follow
+    logsumexp and the costs. Then, again some classes at a time, delta is made of z', dC/dh and the
+    sums dC/dW and dC/db, the latter in place, are made of delta, and delta is forgotten. These are
+    the three matmuls that backpropagation has anyway; nothing is computed twice but an exponential.
+    No array has N V entries, and no size need divide another: the last block of positions is filled
+    up with places that do not count, the last classes are a block of their own.
 
     All else (`backprop`, `predict`, pairs and norms of single examples, metrics on outputs) takes
     the plain way with all net inputs: the delta of the last layer is (B, ..., V) by its nature.
@@ -61,8 +61,8 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
         logit_cap: cap, positive; None for z' = z.
         block: the positions at once, at most; by default so many that block V net inputs are 32
             MiB, at least 256 (or p, if that is fewer) and at most 1024.
-        vocab_block: the classes at once on the way back, at most; by default 2048 on a CPU, else
-            so many that their deltas are 128 MiB.
+        vocab_block: the classes at once, at most; by default 2048 on a CPU, else so many that their
+            deltas are 128 MiB.
 
     Raises:
         ValueError: options out of range; labels out of range where they can be seen; in
@@ -213,7 +213,7 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
 
         slab = jnp.zeros((len(rows.y), w.shape[1]), rows.share.dtype)
         z = _in_parts(some, w.shape[1], self._chunk(slab), slab)
-        own = jnp.take_along_axis(z, rows.y[:, None], axis=1, mode="clip")
+        own = jnp.take_along_axis(z, rows.y[:, None], axis=1)
         top = jnp.max(z, axis=1, keepdims=True)
         log_sum = jnp.log(jnp.sum(jnp.exp(z - top), axis=1, keepdims=True))
         spread = self._spread_evenly(z.shape[1], z.dtype)
@@ -231,7 +231,7 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
         """delta of the classes from `start` on, from their z'; without the position's share."""
         spread = self._spread_evenly(classes, z.dtype)
         delta = jnp.exp(z - log_sum)
-        if spread is not None or self.class_weights is not None:
+        if self.class_weights is not None:  # without them m = 1
             delta = self._mass(rows, spread)[:, None] * delta
         if spread is not None:
             delta = delta - _part(spread, start, z.shape[1])[None]
