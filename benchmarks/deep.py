@@ -31,9 +31,7 @@ def data(depth: int, width: int, batch: int, gain: float) -> tuple[Any, ...]:
 
 
 def ours(activation: str, depth: int, width: int, before: bool) -> list[Contestant]:
-    """The delta rule, as long as it is there to take part."""
-    if not hasattr(jb, "Repeat"):
-        return []
+    """The delta rule. Where the activation comes first, it is done again rather than kept."""
     f = {"tanh": jb.Tanh, "relu": jb.Relu, "gelu": jb.Gelu}[activation]()
     dense = jb.Dense(width, width)
     layer = jb.Sequential(f, dense) if before else jb.Sequential(dense, f)
@@ -44,16 +42,16 @@ def ours(activation: str, depth: int, width: int, before: bool) -> list[Contesta
     def unpack(g: Any) -> Any:
         return g[1] if before else g[0]
 
-    function = jb.value_and_grad(jb.Repeat(layer, depth), jb.SquaredError())
-    found = [Contestant("ours", function, "ours", pack, unpack)]
-    if depth % 4 == 0:
-        net = jb.Repeat(layer, depth, checkpoint_every=4)
-        function = jb.value_and_grad(net, jb.SquaredError())
-        found.append(Contestant("ours, checkpoint_every=4", function, "variant", pack, unpack))
+    again = jb.Checkpoint(jb.Sequential(jb.Checkpoint(f), dense))
+    nets = {"ours": jb.Repeat(again if before else layer, depth)}
     if before:
-        net = jb.Repeat(jb.Checkpoint(layer), depth)
+        nets["ours, everything kept"] = jb.Repeat(layer, depth)
+    nets["ours, checkpoint_every=4"] = jb.Repeat(layer, depth, checkpoint_every=4)
+    found = []
+    for name, net in nets.items():
         function = jb.value_and_grad(net, jb.SquaredError())
-        found.append(Contestant("ours, checkpoint", function, "variant", pack, unpack))
+        kind = "ours" if name == "ours" else "variant"
+        found.append(Contestant(name, function, kind, pack, unpack))
     return found
 
 

@@ -203,14 +203,12 @@ class Order:
 
 
 def ours(sizes: Sizes, whole: bool = False) -> list[Contestant]:
-    """The delta rule, as long as it is there to take part: its default, and what else one may try.
+    """The delta rule: its default, and what else one may try.
 
     Args:
         sizes: of the network.
         whole: the language model, not its blocks alone.
     """
-    if not hasattr(jb, "transformer_block"):
-        return []
     D, H = sizes.width, sizes.heads
     loss = jb.SoftmaxCrossEntropy() if whole else jb.SquaredError()
     nets: dict[str, Any] = {}
