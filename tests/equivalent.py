@@ -10,6 +10,12 @@ EQUIVALENT: dict[str, list[str]] = {
         " dtype=wide_dtype(delta.dtype)) -> jnp.sum(delta.reshape(*blocks, delta.shape[-1]),"
         " axis=within)",
     ],
+    "a and delta are stacked together": [
+        "Patches.stacked: self.a.shape[0] -> self.delta.shape[0]",
+    ],
+    "what comes out of a layer is as wide as what goes in": [
+        "Patches.total: jnp.result_type(a, delta) -> jnp.result_type(delta, delta)",
+    ],
     "padding never wins, whatever it holds": [
         "MaxPool.backward: axis.seen(x, -jnp.inf) -> axis.seen(x, jnp.inf)",
     ],
@@ -23,6 +29,17 @@ EQUIVALENT: dict[str, list[str]] = {
         "Upsample.backward: zip(delta.shape[:-1], factors, strict=True)"
         " -> zip(delta.shape[:-1], factors, strict=False)",
         "Upsample._blocks: zip(size, factors, strict=True) -> zip(size, factors)",
+        "Geometry.spread_size: zip(size, self.spread, strict=True) -> zip(size, self.spread)",
+        "Geometry.spread_size: zip(size, self.spread, strict=True)"
+        " -> zip(size, self.spread, strict=False)",
+        "Geometry.outputs: zip(self.spread_size(size), self.padding, self.reach, self.strides, strict=True)"
+        " -> zip(self.spread_size(size), self.padding, self.reach, self.strides)",
+        "Geometry.outputs: zip(self.spread_size(size), self.padding, self.reach, self.strides, strict=True)"
+        " -> zip(self.spread_size(size), self.padding, self.reach, self.strides, strict=False)",
+        "Geometry.patches: zip(self.padding, self.spread, strict=True)"
+        " -> zip(self.padding, self.spread)",
+        "Geometry.patches: zip(self.padding, self.spread, strict=True)"
+        " -> zip(self.padding, self.spread, strict=False)",
         "Upsample._blocks: zip(size, factors, strict=True) -> zip(size, factors, strict=False)",
     ],
     "pooling keeps the number of axes, and the channels": [
