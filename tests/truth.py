@@ -26,7 +26,8 @@ def assert_close(candidate, truth, tolerance=1e-12, zero=0.0):
     nothing = zero * np.sqrt(sum(np.sum(np.square(t, dtype=float)) for _, t in paths))
     for (path, t), c in zip(paths, jax.tree.leaves(candidate), strict=True):
         error = relative(c, t)
-        if error > tolerance and np.linalg.norm(np.ravel(np.asarray(c, float) - t)) > nothing:
+        gap = np.linalg.norm(np.ravel(np.asarray(c, float) - t))
+        if not (error <= tolerance or gap <= nothing):  # NaN is not close
             raise AssertionError(f"{jax.tree_util.keystr(path)}: {error:.2e} > {tolerance:.0e}")
 
 
