@@ -88,7 +88,7 @@ KILLERS = {
         LAYER,
     ],
     "losses/fused.py": [
-        "fused.*(whatever|net_inputs)", "fused.*(weight_0|ignored|infinite|ends_in|narrow)",
+        "fused.*(whatever|net_inputs)", "fused.*(weight_0|ignored|infinite|ends_in|narrow|rare)",
     ],
     "compose/": [COMPOSITE, "FILE"],
     "compose/tied.py": ["fused.*(tied|transport|two_ways)"],

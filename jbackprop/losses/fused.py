@@ -179,7 +179,7 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
             operand = jnp.dtype("float32")
         dtype = wide_dtype(operand)
         labels, mass = self.labels(y, classes, dtype)
-        share = mass / max(1, math.prod(y.shape[1:]))
+        share = mass / math.prod(y.shape[1:])
         weight, there = share, share != 0
         if weights is not None:
             column = weights.astype(dtype).reshape((-1,) + (1,) * (y.ndim - 1))
