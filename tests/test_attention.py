@@ -115,6 +115,17 @@ def test_what_is_kept_is_a_number_for_each_query_and_head():
     ]
 
 
+def test_halves_are_summed_in_float32():
+    q, k, v = (normal(1, 40, 2, seed=i).astype("float16") for i in range(3))
+    x = (200 * q, 200 * k, v)  # scores up to 2e5, beyond float16
+    y, back = gradients(jb.Attention(1, block=16), x, v)
+    assert {a.dtype for a in (y, *back)} == {jnp.dtype("float16")}
+    wide = tuple(a.astype("float64") for a in x)
+    truth, truth_back = gradients(jb.Attention(1), wide, wide[2])
+    assert relative(y, truth) < 1e-3
+    assert relative(back[2], truth_back[2]) < 1e-2
+
+
 def test_padding_is_as_if_it_were_not_there():
     layer = jb.Attention(2)
     q, k, v = (normal(1, 5, 4, seed=i) for i in range(3))
@@ -235,7 +246,9 @@ def test_rotary_is_as_exact_as_its_dtype_at_late_positions():
     x = normal(1, 5000, 2)
     exact = jb.forward(jb.Rotary(1), (), x)[0]
     assert relative(jb.forward(jb.Rotary(1), (), x.astype("float32"))[0], exact) < 1e-7
-    assert relative(jb.forward(jb.Rotary(1), (), x.astype("bfloat16"))[0], exact) < 4e-3
+    half = jb.forward(jb.Rotary(1), (), x.astype("bfloat16"))[0]
+    assert half.dtype == jnp.bfloat16
+    assert relative(half, exact) < 4e-3
 
 
 def test_rotary_products_depend_on_distances():

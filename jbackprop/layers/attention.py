@@ -144,9 +144,10 @@ class Attention(Weightless):
         it, l = self._heads(trace.x), trace.saved
         heads, groups, T, d = it.q.shape
         wide = l.dtype
-        delta, y = (a.reshape(T, heads, groups, -1).transpose(1, 2, 0, 3) for a in (delta, trace.y))
-        mean = jnp.sum(delta.astype(wide) * y.astype(wide), axis=3)
+        mean = delta.astype(wide) * trace.y.astype(wide)
+        mean = jnp.sum(mean.reshape(T, heads, groups, -1), axis=3).transpose(1, 2, 0)
         l = l.reshape(T, heads, groups).transpose(1, 2, 0)
+        delta = delta.reshape(T, heads, groups, -1).transpose(1, 2, 0, 3)
         k = it.k.transpose(0, 2, 1)
 
         def block(at: Any, size: int, end: int, done: tuple[Array, Array]) -> tuple[Any, Array]:

@@ -88,9 +88,6 @@ class Rotary(Weightless):
         wide = wide_dtype(x.dtype)
         a, b = (jnp.take(parts, i, axis=axis).astype(wide) for i in (0, 1))
         angles = np.arange(T)[:, None] * self.base ** (-np.arange(half) / half)
-        cos, sin = (
-            jnp.broadcast_to(jnp.asarray(f(angles), wide)[:, None], a.shape)
-            for f in (np.cos, np.sin)
-        )
+        cos, sin = (jnp.asarray(f(angles), wide)[:, None] for f in (np.cos, np.sin))
         turned: list[Any] = [a * cos - sign * b * sin, sign * a * sin + b * cos]
         return jnp.stack(turned, axis=axis).reshape(x.shape).astype(x.dtype)
