@@ -32,7 +32,7 @@ from jbackprop.check.swept import (
     by_rule,
     floats,
     inputs_of,
-    learning,
+    learns,
     output_of,
     over_copies,
 )
@@ -54,6 +54,7 @@ def network(
     tolerance: float | None = None,
     directions: int = 1,
     seed: int = 0,
+    key: Array | None = None,
 ) -> Report:
     """Compare every delta and every gradient of a network with the truth.
 
@@ -72,6 +73,8 @@ def network(
         tolerance: the relative error in norm that is right; by default as `gradient` has it.
         directions: random directions in each parameter, for numbers.
         seed: of the directions.
+        key: for layers that draw; without one nothing is drawn. Such a layer must draw the same in
+            every dtype, as `Dropout` does: the truth is computed in float64.
 
     Returns:
         A `Report`: for the loss its "value" and "delta" as `value_and_delta` has them, and the
@@ -79,7 +82,8 @@ def network(
         every example's own cost) and its parameters' "gradient" (of the summed cost) as the sweep
         has them, and, with the true delta handed in, the "gradient alone" and "dC/dx alone" of its
         rule. The first layer whose rule alone is wrong is named on top. A parameter that is used
-        in two places (`Tied`) is checked in each of them, as if it were two.
+        in two places (`Tied`) is checked in each of them, as if it were two. Layers inside `Frozen`
+        have no gradient; the delta and the "dC/dx alone" are theirs as anyone's.
 
     Raises:
         ValueError: inputs, targets and parameters that do not fit; a layer that couples examples.
@@ -97,7 +101,7 @@ def network(
     moving = [leaf for leaf in jax.tree.leaves(params) or jax.tree.leaves(x) if is_float(leaf)]
     dtype = jnp.dtype(dtype or jnp.result_type(*moving))
     point = cast((params, x, y), dtype)
-    return _Check(net, loss, point, dtype, truth, tolerance, directions, seed).report()
+    return _Check(net, loss, point, key, dtype, truth, tolerance, directions, seed).report()
 
 
 def assert_network(net: Node, loss: Loss, params: PyTree, x: Any, y: Any, **options: Any) -> None:
@@ -113,21 +117,23 @@ class _Check:
     """
 
     def __init__(
-        self, net: Node, loss: Loss, point: Any, dtype: Any, truth: TruthKind,
+        self, net: Node, loss: Loss, point: Any, key: Any, dtype: Any, truth: TruthKind,
         tolerance: float | None, directions: int, seed: int,
     ) -> None:  # fmt: skip
         self.net, self.loss, self.point, self.dtype = net, loss, point, dtype
-        self.truth, self.tolerance = truth, tolerance
+        self.key, self.truth, self.tolerance = key, truth, tolerance
         self.directions, self.seed = directions, seed
         self.notes: list[str] = []
 
     def report(self) -> Report:
         with exactly():
             shapes = jax.eval_shape(
-                functools.partial(by_autodiff, self.net, self.loss), cast(self.point, "float64")
+                functools.partial(by_autodiff, self.net, self.loss),
+                cast(self.point, "float64"),
+                self.key,
             )
         known = judge.truths(
-            lambda p: jax.tree.leaves(by_autodiff(self.net, self.loss, p)),
+            lambda p: jax.tree.leaves(by_autodiff(self.net, self.loss, p, self.key)),
             self.point,
             [self.dtype],
             self.seed,
@@ -136,8 +142,8 @@ class _Check:
         true = jax.tree.unflatten(jax.tree.structure(shapes), [t.value for t in known])
         deltas = {path: part["delta"] for path, part in cast(true, self.dtype).items()}
         with as_given(self.dtype):
-            together = _flat(by_rule(self.net, self.loss, self.point))
-            alone = _flat(by_each_rule(self.net, self.loss, self.point, deltas))
+            together = _flat(by_rule(self.net, self.loss, self.point, self.key))
+            alone = _flat(by_each_rule(self.net, self.loss, self.point, self.key, deltas))
         verdicts = {key: self._leaf(key, key[1], c, truths[key]) for key, c in together.items()}
         rules = {
             key: self._leaf(key, f"{key[1]} alone", c, truths[key]) for key, c in alone.items()
@@ -150,8 +156,7 @@ class _Check:
             leaf for found in (verdicts, rules) for key, leaf in found.items() if key[0] == "loss"
         ]
         parts = [composed("loss", repr(self.loss), own)]
-        layers = learning(self.net)[::-1]
-        for path, layer, _ in layers:
+        for path, layer, _ in reversed(list(walk(self.net))):
             own = [leaf for key, leaf in rules.items() if key[0] == path]
             mine = [leaf for key, leaf in verdicts.items() if key[0] == path]
             if mine or own:  # not, where integers are handed on
@@ -171,16 +176,17 @@ class _Check:
             return
         params, x, _ = self.point
         with as_given(self.dtype):
-            entered, _ = jax.eval_shape(functools.partial(inputs_of, self.net), params, x)
-            for path, layer, own in learning(self.net, params):
+            inputs = functools.partial(inputs_of, self.net)
+            entered, keys, _ = jax.eval_shape(inputs, params, x, self.key)
+            for path, layer, own in walk(self.net, params):
                 parts = jax.tree_util.tree_flatten_with_path(entered[path])[0]
-                names = [_name(keys) for keys, _ in parts]
+                names = [_name(name) for name, _ in parts]
                 run = over_copies(functools.partial(output_of, layer), stack_axes(self.net)[path])
                 for key in zeros:
                     if key[0] != path:
                         continue
-                    jaxpr = jax.make_jaxpr(run)(own, entered[path]).jaxpr
-                    first = len(jaxpr.invars) - len(names)
+                    jaxpr = jax.make_jaxpr(run)(own, entered[path], keys[path]).jaxpr
+                    first = len(jax.tree.leaves(own))
                     at = first + names.index(key[2])
                     if not any(reached(jaxpr, [i == at for i in range(len(jaxpr.invars))])):
                         why = "zero, as it must be: the layer does not depend on it"
@@ -219,7 +225,9 @@ class _Check:
             at = dict(zip(moving, moved, strict=True))
             own = [at.get(i, leaf) for i, leaf in enumerate(all_leaves)]
             return jnp.sum(
-                self.loss.value(forward(self.net, jax.tree.unflatten(tree, own), x)[0], y)
+                self.loss.value(
+                    forward(self.net, jax.tree.unflatten(tree, own), x, self.key)[0], y
+                )
             )
 
         rng = np.random.default_rng([self.seed, 1])
@@ -264,7 +272,8 @@ class _Check:
         if not any(leaf.verdict == "wrong" for leaf in [*verdicts.values(), *rules.values()]):
             return
         with as_given(self.dtype):
-            entered, z = jax.jit(lambda params, x: inputs_of(self.net, params, x))(params, x)
+            inputs = jax.jit(functools.partial(inputs_of, self.net))
+            entered, keys, z = inputs(params, x, self.key)
         sizes = {len(jax.tree.leaves(x)[0]): "the batch size"}
         for n, what in zip(np.shape(z)[:0:-1], ("outputs", "positions"), strict=False):
             sizes.setdefault(int(n), f"the number of {what}")
@@ -279,7 +288,7 @@ class _Check:
                     ([np.asarray(z)], [y]),
                 )  # fmt: skip
                 blame = "the loss" if found is verdicts else blame
-        layers = learning(self.net, params)
+        layers, learning = list(walk(self.net, params)), learns(self.net)
         for path, layer, own in reversed(layers):
             if blame:
                 for key, leaf in verdicts.items():
@@ -298,7 +307,9 @@ class _Check:
                     if other != layer and not jax.tree.leaves(theirs)
                 }
                 delta, axes = true[path]["delta"], stack_axes(self.net)[path]
-                program, point = self._alone(layer, axes, own, entered[path], delta)
+                program, point = self._alone(
+                    layer, axes, own, entered[path], keys[path], delta, learning[path]
+                )
                 found = diagnose(suspects, sizes, program, point, neighbours)
                 rules.update(zip(mine, found, strict=True))
                 blame = blame or f"{path}, {layer}"
@@ -317,11 +328,14 @@ class _Check:
             leaf.path, float64(candidate), float64(truth), leaf, np.asarray(parameter), self.dtype
         )
 
-    def _alone(self, layer: Layer, axes: int, own: PyTree, x: Any, delta: Any) -> Any:
+    def _alone(
+        self, layer: Layer, axes: int, own: PyTree, x: Any, keys: Any, delta: Any, learns: bool
+    ) -> Any:
         """A program whose gradient by its active arrays is what the layer's rule is to give."""
         inputs, tree = jax.tree.flatten((own, x))
         moving = [i for i, leaf in enumerate(inputs) if is_float(np.asarray(leaf))]
-        labels = list(_flat({"": {"gradient": own, "dC/dx": floats(x, x)}}))
+        learning = {"gradient": own} if learns else {}
+        labels = list(_flat({"": {**learning, "dC/dx": floats(x, x)}}))
         order = list(_flat({"": {"gradient": own}})) + list(_flat({"": {"dC/dx": floats(x, x)}}))
         back = [order.index(label) for label in labels]  # as `rules` has them
         run = over_copies(functools.partial(output_of, layer), axes)
@@ -331,7 +345,7 @@ class _Check:
             for i, j in enumerate(back):
                 leaves[moving[j]] = active[i]
             own, x = jax.tree.unflatten(tree, leaves)
-            z = jax.tree.leaves(run(own, x))
+            z = jax.tree.leaves(run(own, x, keys))
             return sum(
                 (jnp.sum(u * v) for u, v in zip(passive[0], z, strict=True)), start=jnp.zeros(())
             )
