@@ -12,9 +12,11 @@ EQUIVALENT: dict[str, list[str]] = {
     ],
     "a and delta are stacked together": [
         "Patches.stacked: self.a.shape[0] -> self.delta.shape[0]",
+        "Patches.total: a.shape[1] -> delta.shape[1]",
     ],
     "what comes out of a layer is as wide as what goes in": [
         "Patches.total: jnp.result_type(a, delta) -> jnp.result_type(delta, delta)",
+        "Patches.total: delta.astype(dtype) -> delta",
     ],
     "padding never wins, whatever it holds": [
         "MaxPool.backward: axis.seen(x, -jnp.inf) -> axis.seen(x, jnp.inf)",
