@@ -83,6 +83,13 @@ def test_the_blocks_do_not_matter():
         assert_close(gradients(jb.Attention(1, causal=causal, block=100), x, x[0]), whole)
 
 
+@pytest.mark.parametrize(("more", "loops"), [(0, 0), (1, 1)])
+def test_few_queries_are_worked_on_all_at_once(more, loops):
+    x = jnp.ones((attention.WHOLE + more, 1))
+    made = jax.make_jaxpr(lambda x: jb.Attention(1).forward((), (x, x, x)))(x)
+    assert [e.primitive.name for e in made.jaxpr.eqns].count("scan") == loops
+
+
 def test_a_single_key_gets_everything():
     x = tuple(normal(2, 1, 2, seed=i) for i in range(3))
     y, (of_q, of_k, of_v) = gradients(jb.Attention(2), x, x[0])
