@@ -26,7 +26,7 @@ def assert_close(candidate, truth, tolerance=1e-12, zero=0.0):
     nothing = zero * np.sqrt(sum(np.sum(np.square(t, dtype=float)) for _, t in paths))
     for (path, t), c in zip(paths, jax.tree.leaves(candidate), strict=True):
         error = relative(c, t)
-        gap = np.linalg.norm(np.ravel(np.asarray(c, float) - t))
+        gap = np.linalg.norm(np.ravel(np.asarray(c, float) - np.asarray(t, float)))
         if not (error <= tolerance or gap <= nothing):  # NaN is not close
             raise AssertionError(f"{jax.tree_util.keystr(path)}: {error:.2e} > {tolerance:.0e}")
 
