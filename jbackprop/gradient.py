@@ -209,7 +209,7 @@ def gradient(bp: Backprop, weights: Array | None = None) -> PyTree:
     Args:
         bp: from `backprop`.
         weights: (B,), by default 1/B each, which is the mean over the batch. An example of weight
-            0 is not there, even if it holds NaN.
+            0 is not there, even if it holds NaN (but it has its part in a batch norm's statistics).
 
     Raises:
         ValueError: weights of another shape, weights where a layer couples the examples (their
@@ -257,11 +257,11 @@ def _check_weights(weights: Any, n: int) -> None:
         raise ValueError(f"weights must have the shape ({n},), not {jnp.shape(weights)}")
 
 
-def deltas(bp: Backprop) -> OrderedDict[str, Array]:
+def deltas(bp: Backprop) -> OrderedDict[str, Any]:
     """The delta of every layer that has weights, dC_n/dz_n (B, ...), by path, first layer first.
 
-    z is the layer's output: the net input of the activation behind it. Unscaled: the mean cost's
-    deltas are these divided by B. The copies of a layer in a scanned composite are told apart:
+    z is the layer's output: the net input of the activation behind it; where it is a tuple, so is
+    the delta. Unscaled: the mean cost's deltas are these divided by B. The copies of a layer in a scanned composite are told apart:
     `layers[1].layer[0]`, ...
     """
     found = walk(bp.net, bp.kept)
@@ -279,7 +279,8 @@ def value_and_grad(net: Node, loss: Loss) -> Callable[..., tuple[Array, PyTree]]
         A function (params, x, y, weights=None, key=None) -> (value, grads), where value is
         sum_n weights_n C_n, a scalar of float32 at least, and grads are its gradient, in the
         shapes and dtypes of params. The weights (B,) default to 1/B: the mean; ones give the sum.
-        An example of weight 0 is not there, even if it holds NaN. It raises as `backprop` does.
+        An example of weight 0 is not there, even if it holds NaN; but where a layer couples the
+        examples, as a batch norm does, it has its part in that. It raises as `backprop` does.
 
         A loss that fuses with the last linear map, such as `FusedSoftmaxCrossEntropy`, needs a
         network that ends in one; the network's outputs are then never whole.
@@ -417,7 +418,7 @@ def _predict(net: Node, loss: Loss, params: PyTree, x: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def as_function(net: Node) -> Callable[[PyTree, Any], Any]:
+def as_function(net: Node) -> Callable[..., Any]:
     """The network as a function whose reverse rule, under `jax.grad`, is the hand-written one.
 
     For use inside any other JAX model.
@@ -426,23 +427,24 @@ def as_function(net: Node) -> Callable[[PyTree, Any], Any]:
         net: a layer or a composite.
 
     Returns:
-        A function (params, x) -> outputs with a `jax.custom_vjp`, for mini-batches x (B, ...):
-        beside layers that take one example, such as Equinox's, those go under `jax.vmap`. The same
-        function for equal networks. Like every `custom_vjp` it has no forward mode.
+        A function (params, x, key=None) -> outputs with a `jax.custom_vjp`, for mini-batches x
+        (B, ...): beside layers that take one example, such as Equinox's, those go under `jax.vmap`.
+        The key is for layers that draw; None draws nothing. The same function for equal networks.
+        Like every `custom_vjp` it has no forward mode.
     """
 
     @jax.custom_vjp
-    def function(params: PyTree, x: Any) -> Any:
-        return forward(net, params, x)[0]
+    def function(params: PyTree, x: Any, key: Array | None = None) -> Any:
+        return forward(net, params, x, key)[0]
 
-    def there(params: PyTree, x: Any) -> tuple[Any, Any]:
-        outputs, saved = forward(net, params, x)
+    def there(params: PyTree, x: Any, key: Array | None) -> tuple[Any, Any]:
+        outputs, saved = forward(net, params, x, key)
         return outputs, (params, net.trace(x, outputs, saved))
 
-    def back(residuals: Any, delta: Any) -> tuple[PyTree, Any]:
+    def back(residuals: Any, delta: Any) -> tuple[PyTree, Any, None]:
         params, trace = residuals
         delta_x, grads = backward(net, params, trace, delta, total)
-        return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), delta_x
+        return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), delta_x, None
 
     function.defvjp(there, back)
     return function

@@ -21,20 +21,25 @@ def count(params: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def summary(net: Node, x_shape: tuple[int, ...] | None = None) -> str:
+def summary(net: Node, x_shape: tuple[int, ...] | None = None, *, x: Any = None) -> str:
     """The layers of a network as a table: path, layer, shapes of its parameters, their number.
 
     Args:
         net: a layer or a composite.
-        x_shape: the shape of one example's input; with it the outputs' shapes are shown, and
-            whether the layers fit together is checked.
+        x_shape: the shape of one example's input of floating-point numbers; with it the outputs'
+            shapes are shown, and whether the layers fit together is checked.
+        x: the same for any other input, such as tokens or a tuple: an example of a mini-batch,
+            (B, ...), or its `jax.ShapeDtypeStruct`s.
 
     Returns:
         The table, to be printed. Nothing is computed: shapes only.
 
     Raises:
-        ValueError: layers that do not fit together, at the place where they do not.
+        ValueError: layers that do not fit together, at the place where they do not; both x_shape
+            and x.
     """
+    if x_shape is not None and x is not None:
+        raise ValueError("give x_shape, the shape of one example, or x, a mini-batch: not both")
     params = jax.eval_shape(net.init, jax.random.key(0))
     shown: dict[str, str] = {}  # by path, its first copy's
     number: dict[str, int] = {}
@@ -44,6 +49,7 @@ def summary(net: Node, x_shape: tuple[int, ...] | None = None) -> str:
     outputs = {}
     if x_shape is not None:
         x = jax.ShapeDtypeStruct((1, *x_shape), jnp.result_type(float))
+    if x is not None:
         outputs = jax.eval_shape(functools.partial(activations, net), params, x)
     rows = []
     for path, layer, own in walk(net, params):

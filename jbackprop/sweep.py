@@ -255,7 +255,8 @@ def forward(net: Node, params: PyTree, x: Any, key: Array | None = None) -> tupl
     if isinstance(net, Composite):
         return net.forward(params, x, key)
     assert isinstance(net, Layer)
-    keys = jax.random.split(key, batch_size(x)) if key is not None and net.draws else None
+    n = batch_size(x)
+    keys = jax.random.split(key, n) if key is not None and net.draws else None
     return _layer_forward(net, params, x, keys)
 
 
@@ -287,6 +288,8 @@ def backward(
     if isinstance(net, Composite):
         return net.backward(params, trace, delta, collect, transport, aux)
     assert isinstance(net, Layer)
+    if delta is None and not jax.tree.leaves(params):
+        return None, params  # integers go through it
     if delta is None:
         raise ValueError(
             f"no delta comes to {net}: the layer after it gives None for dC/dx, which is only for "

@@ -18,6 +18,9 @@ from jbackprop.sweep import Collect, Composite, Node, Trace, backward, forward, 
 class Checkpoint(Composite):
     """The layer inside, of which only the input is kept (and the output, if it is read).
 
+    Inside a `Repeat` that is what is kept; in a chain that is not scanned the compiler may put off
+    gradients of weights, and then keeps longer what they are made of.
+
     Nothing changes in the numbers. On the way back the forward sweep is done again from x, and what
     it makes is gone when the layer is done. What of it backward does not read is never computed
     again: of `Checkpoint(Sequential(Gelu(), Dense(p, q)))` only the gelu is, since Dense does not

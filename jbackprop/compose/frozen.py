@@ -6,10 +6,11 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 from jbackprop.factored import Nothing, PyTree, is_factored
-from jbackprop.sweep import Collect, Composite, Node, Trace, backward, forward, inside
+from jbackprop.sweep import Beheaded, Collect, Composite, Node, Trace, backward, forward, inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,12 @@ class Frozen(Composite):
 
     def invert(self, params: PyTree, y: Any, saved: Any) -> Any:
         return self.layer.invert(params, y, saved)
+
+    def behead(self, params: PyTree) -> Beheaded:
+        with inside("layer", self.layer):
+            found = self.layer.behead(params)
+        body = None if found.body is None else Frozen(found.body)
+        return found._replace(body=body, rejoin=lambda *_: jax.tree.map(jnp.zeros_like, params))
 
     def forward(self, params: PyTree, x: Any, key: Array | None) -> tuple[Any, Any]:
         with inside("layer", self.layer):

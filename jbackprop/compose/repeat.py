@@ -121,6 +121,8 @@ class Repeat(Composite):
         aux: PyTree,
     ) -> tuple[Any, PyTree]:
         trees, every = (params, transport, aux), self._every
+        self._check(transport, "transport")
+        self._check(aux, "aux")
         if every is None:
             delta, _, found = self._back(self.n, trees, trace.saved, trace.y, delta, collect)
             return delta, _stacked(found)
@@ -144,7 +146,7 @@ class Repeat(Composite):
         (delta, y), found = lax.scan(
             segment, (delta, trace.y), (whole, starts), reverse=True, length=self.n // every
         )
-        found = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), found)
+        found = jax.tree.map(lambda v: v.reshape(v.shape[0] * v.shape[1], *v.shape[2:]), found)
         if rest is not None:
             delta, x = lax.optimization_barrier((delta, trace.x))  # or nothing would be done again
             delta, _, first = again(self.n % every, rest[0], rest[1], x, y, delta)
@@ -196,14 +198,14 @@ class Repeat(Composite):
     def _segments(self, tree: Any, every: int) -> tuple[Any, Any]:
         """The first, shorter segment (None if there is none), and the others, stacked."""
         rest = self.n % every
-        whole = jax.tree.map(lambda v: v[rest:].reshape(-1, every, *v.shape[1:]), tree)
+        whole = jax.tree.map(lambda v: v[rest:].reshape(self.n // every, every, *v.shape[1:]), tree)
         return (jax.tree.map(lambda v: v[:rest], tree) if rest else None), whole
 
-    def _check(self, params: PyTree) -> None:
-        found = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
+    def _check(self, tree: PyTree, what: str = "parameter") -> None:
+        found = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)}
         if found - {(self.n,)}:
             raise ValueError(
-                f"{self}: every parameter needs an axis of {self.n} copies in front, but "
+                f"{self}: every {what} needs an axis of {self.n} copies in front, but "
                 f"these have "
                 f"{', '.join(str(list(f)) for f in found)}; make them with init"
             )

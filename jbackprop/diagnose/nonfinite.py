@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jbackprop.factored import PyTree
 from jbackprop.gradient import backprop, deltas, gradient
 from jbackprop.losses import Loss
 from jbackprop.observe import activations
-from jbackprop.structure import layers_by_copy, walk
+from jbackprop.structure import by_copy, layers_by_copy, walk
 from jbackprop.sweep import Node
 
 
@@ -30,9 +31,9 @@ def first_nonfinite(
     if not _finite(x):
         return "the inputs x"
     named = layers_by_copy(net)
-    for path, layer, own in walk(net, params):
+    for path, own in _parts(net, params):
         if not _finite(own):
-            return f"the parameters of {path} ({layer})"
+            return f"the parameters of {path} ({named[path]})"
     for path, a in activations(net, params, x, key).items():
         if not _finite(a):
             return f"the output of {path} ({named[path]})"
@@ -42,10 +43,15 @@ def first_nonfinite(
     for path, delta in reversed(deltas(bp).items()):
         if not _finite(delta):
             return f"the delta of {path} ({named[path]}), while all outputs are finite"
-    for path, layer, own in walk(net, gradient(bp)):
+    for path, own in _parts(net, gradient(bp)):
         if not _finite(own):
-            return f"the gradient of {path} ({layer}), while all deltas are finite"
+            return f"the gradient of {path} ({named[path]}), while all deltas are finite"
     return None
+
+
+def _parts(net: Node, tree: PyTree) -> Iterator[tuple[str, PyTree]]:
+    """Every layer's part of a tree like params, the copies of scanned composites one by one."""
+    yield from by_copy(net, {path: own for path, _, own in walk(net, tree)}).items()
 
 
 def _finite(tree: PyTree) -> bool:

@@ -27,7 +27,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -124,11 +124,9 @@ class Factored(abc.ABC):
 
     Attributes:
         place: which parameter, and how its entries lie in the canonical form.
-        canonical: whether every array of the kind is (B, G, T, feature).
     """
 
     place: Place | None
-    canonical: ClassVar[bool] = False
 
     @property
     def home(self) -> Place:
@@ -138,13 +136,18 @@ class Factored(abc.ABC):
                 f"this {type(self).__name__} has no place yet: the sweep gives it one. By hand, "
                 "use dataclasses.replace(pair, place=Place(shape, dtype))"
             )
-        for array in jax.tree.leaves(self) if self.canonical else ():
-            if array.ndim != 4:
+        for name, rank in self.ranks(self.place).items():
+            array = getattr(self, name)
+            if array.ndim != rank:
                 raise ValueError(
-                    f"this {type(self).__name__} holds an array of shape {array.shape}, not (B, G, "
-                    "T, feature): was it kept under an outer vmap? Ask it inside that vmap"
+                    f"{name} of this {type(self).__name__} has the shape {array.shape}, but {rank} "
+                    "axes are due: was it kept under an outer vmap? Ask it inside that vmap"
                 )
         return self.place
+
+    def ranks(self, place: Place) -> dict[str, int]:
+        """How many axes its arrays have."""
+        return {}
 
     @abc.abstractmethod
     def total(self, weights: Array | None = None) -> Array:
@@ -251,7 +254,8 @@ def somewhere(steps: tuple[Step, ...]) -> Place | None:
 def depth_into_groups(x: Array) -> Array:
     """(depth, B, G, ...) -> (B, depth * G, ...)."""
     moved = jnp.moveaxis(x, 0, 1)
-    return moved.reshape(moved.shape[0], -1, *moved.shape[3:])
+    n, depth, groups = moved.shape[:3]  # written out: there may be no examples
+    return moved.reshape(n, depth * groups, *moved.shape[3:])
 
 
 def stacked_place(place: Place | None, depth: int) -> Place | None:

@@ -43,6 +43,9 @@ class Lookup(Factored):
         o = delta.shape[-1]
         return cls(ids.reshape(1, -1), delta.reshape(1, -1, o), rows, somewhere(steps))
 
+    def ranks(self, place: Place) -> dict[str, int]:
+        return {"ids": 3, "delta": 4}
+
     def check_fits(self, place: Place) -> None:
         fits(self, place, self.delta.shape[1], (self.rows, self.delta.shape[3]))
 
@@ -82,6 +85,7 @@ class Lookup(Factored):
 
     def _merged(self) -> tuple[Array, Array]:
         """Every row once: ids (B, G, T), `rows` where nothing is left, and the sums of deltas."""
+        assert self.home
 
         def merge(ids: Array, delta: Array) -> tuple[Array, Array]:
             order = jnp.argsort(ids)

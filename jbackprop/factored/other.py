@@ -65,15 +65,20 @@ class Full(Factored):
     why: str
     place: Place | None = None
 
+    def ranks(self, place: Place) -> dict[str, int]:
+        return {"g": 1 + len(place.stack) + len(place.shape)}
+
     def stacked(self) -> Full:
         place = stacked_place(self.place, self.g.shape[0])
         return Full(jnp.moveaxis(self.g, 0, 1), self.why, place)
 
     def total(self, weights: Array | None = None) -> Array:
+        assert self.home
         g = self.g if weights is None else weighted(weights, self.g)
         return jnp.sum(g, axis=0, dtype=wide_dtype(g.dtype))
 
     def each(self) -> Array:
+        assert self.home
         return self.g.astype(wide_dtype(self.g.dtype))
 
 

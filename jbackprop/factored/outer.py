@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -38,14 +36,15 @@ class Outer(Factored):
     delta: Array
     place: Place | None = None
 
-    canonical: ClassVar[bool] = True
-
     @classmethod
     def of(cls, a: Array, delta: Array, steps: tuple[Step, ...] = ()) -> Outer:
         """One example's pair from a (..., i) and delta (..., o): one group, leading axes are T."""
         return cls(
             a.reshape(1, -1, a.shape[-1]), delta.reshape(1, -1, delta.shape[-1]), somewhere(steps)
         )
+
+    def ranks(self, place: Place) -> dict[str, int]:
+        return {"a": 4, "delta": 4}
 
     def check_fits(self, place: Place) -> None:
         fits(self, place, self.a.shape[1], (self.a.shape[3], self.delta.shape[3]))
@@ -76,8 +75,9 @@ class Outer(Factored):
     def second_moment(self) -> Array:
         if self.a.shape[2] != 1:
             return super().second_moment()
+        home = self.home
         squares = einsum("ngi,ngo->gio", *(wide_square(x[:, :, 0]) for x in (self.a, self.delta)))
-        return self.home.restore(squares)
+        return home.restore(squares)
 
     def dot(self, other: Factored) -> Array:
         if not (isinstance(other, Outer) and self._same_form(other)):
@@ -88,9 +88,17 @@ class Outer(Factored):
             return jnp.sum(alpha * einsum("ngto,ngto->ng", self.delta, other.delta), axis=1)
         if t * s * (i + o) > (t + s) * i * o:  # then to write the gradients out is cheaper
             return super().dot(other)
-        alpha = einsum("ngti,ngsi->ngts", self.a, other.a)
-        beta = einsum("ngto,ngso->ngts", self.delta, other.delta)
+        # g = sum_t a'_t (outer) delta'_t + T mean(a) (outer) mean(delta), primes without the mean:
+        # what positions have in common would cancel between the entries of the Gram matrices.
+        (a, m), (d, e) = centred(self.a), centred(self.delta)
+        (b, n), (f, h) = centred(other.a), centred(other.delta)
+        alpha, beta = einsum("ngti,ngsi->ngts", a, b), einsum("ngto,ngso->ngts", d, f)
         product = jnp.sum(alpha * beta, axis=(1, 2, 3))
+        means = einsum("ngti,ngti->ng", m, n) * einsum("ngto,ngto->ng", e, h)
+        one = einsum("ngti,ngsi->ngts", a, n) * einsum("ngto,ngso->ngts", d, h)
+        two = einsum("ngti,ngsi->ngts", m, b) * einsum("ngto,ngso->ngts", e, f)
+        product += jnp.sum(t * s * means, axis=1)
+        product += s * jnp.sum(one, axis=(1, 2, 3)) + t * jnp.sum(two, axis=(1, 2, 3))
         return jnp.maximum(product, 0) if other is self else product
 
     def gram(self, other: Factored) -> Array:
@@ -99,3 +107,10 @@ class Outer(Factored):
             return super().gram(other)
         alpha = einsum("ngti,mgti->nmg", self.a, other.a)
         return jnp.sum(alpha * einsum("ngto,mgto->nmg", self.delta, other.delta), axis=2)
+
+
+def centred(v: Array) -> tuple[Array, Array]:
+    """v (B, G, T, feature) less its mean over the positions, and the mean; float32 at least."""
+    v = v.astype(wide_dtype(v.dtype))
+    mean = jnp.mean(v, axis=2, keepdims=True)
+    return v - mean, mean

@@ -181,6 +181,10 @@ class Patches(Factored):
         """One example's pair from a (*size, c) and delta (*outputs, o)."""
         return cls(a[None], delta[None], geometry, somewhere(steps))
 
+    def ranks(self, place: Place) -> dict[str, int]:
+        axes = 3 + len(self.geometry.kernel)
+        return {"a": axes, "delta": axes}
+
     def check_fits(self, place: Place) -> None:
         features = (self.a.shape[-1] // self.geometry.groups, self.delta.shape[-1])
         kernel = (*self.geometry.kernel, *features)
@@ -197,6 +201,7 @@ class Patches(Factored):
         return Patches(a, delta, self.geometry, place)
 
     def total(self, weights: Array | None = None) -> Array:
+        assert self.home
         a, delta = self.a, self.delta
         if weights is not None:
             delta = weighted(weights, delta)
@@ -211,14 +216,13 @@ class Patches(Factored):
 
     def outer(self) -> Outer:
         """The same as an `Outer` of patches; every copy's groups become groups."""
-        geometry, (b, copies) = self.geometry, self.a.shape[:2]
+        home, geometry, (b, copies) = self.home, self.geometry, self.a.shape[:2]
         g, n, positions = geometry.groups, len(geometry.kernel), math.prod(self.delta.shape[2:-1])
         c, o = self.a.shape[-1] // g, self.delta.shape[-1] // g
         size = math.prod(geometry.kernel)
         a = geometry.patches(self.a.reshape(b * copies, *self.a.shape[2:]))
         a = a.reshape(b, copies, positions, size, g, c).transpose(0, 1, 4, 2, 3, 5)
         delta = self.delta.reshape(b, copies, positions, g, o).transpose(0, 1, 3, 2, 4)
-        home = self.home
         one = copies // math.prod(home.stack)
         axes = (0, n + 2, *range(1, n + 2), n + 3)
         steps: tuple[Step, ...] = (

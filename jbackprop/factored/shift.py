@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,9 @@ class _Summed(Factored):
     """g_n = sum_t s_nt, of summands (B, G, T, o) that a subclass makes."""
 
     delta: Array
-    canonical: ClassVar[bool] = True
+
+    def ranks(self, place: Place) -> dict[str, int]:
+        return {"delta": 4}
 
     @abc.abstractmethod
     def _summands(self, weights: Array | None = None) -> Array:
@@ -56,6 +57,7 @@ class _Summed(Factored):
         return jnp.sum(self._sum() * other._sum(), axis=(1, 2))
 
     def _sum(self) -> Array:
+        assert self.home
         s = self._summands()
         return jnp.sum(s, axis=2, dtype=wide_dtype(s.dtype))
 

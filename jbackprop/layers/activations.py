@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbackprop.factored import PyTree
+from jbackprop.factored import PyTree, wide_dtype
 from jbackprop.layers.elementwise import Elementwise
 from jbackprop.sweep import Trace
 
@@ -28,13 +28,15 @@ def _need(ok: bool, layer: object, what: str) -> None:
 class Identity(Elementwise):
     """a = z, so f'(z) = 1: a linear unit."""
 
+    moves: ClassVar[bool] = True
+
     reads: ClassVar[tuple[str, ...]] = ()
 
     def activate(self, z: Array) -> Array:
         return z
 
     def slope(self, z: Array, a: Array) -> Array:
-        raise AssertionError("backward hands the delta through")
+        return jnp.ones_like(z if z is not None else a)
 
     def backward(self, params: PyTree, trace: Trace, delta: Array) -> tuple[Array, tuple[()]]:
         return delta, ()
@@ -256,17 +258,21 @@ class Gelu(Elementwise):
     reads: ClassVar[tuple[str, ...]] = ("x",)
 
     def activate(self, z: Array) -> Array:
+        v = z.astype(wide_dtype(z.dtype))  # 16 bits would lose 1 + erf z, small for z below 0
         if self.tanh:
-            return 0.5 * z * (1 + jnp.tanh(self._u(_bounded(z))))
-        return 0.5 * z * (1 + lax.erf(z * math.sqrt(0.5)))
+            return (0.5 * v * (1 + jnp.tanh(self._u(_bounded(v))))).astype(z.dtype)
+        return (0.5 * v * (1 + lax.erf(v * math.sqrt(0.5)))).astype(z.dtype)
 
     def slope(self, z: Array, a: Array) -> Array:
+        v = z.astype(wide_dtype(z.dtype))
         if self.tanh:
-            b = _bounded(z)
+            b = _bounded(v)
             t = jnp.tanh(self._u(b))
-            return 0.5 * (1 + t) + 0.5 * b * (1 - t) * (1 + t) * _K * (1 + 3 * _C * b * b)
-        density = jnp.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
-        return 0.5 * (1 + lax.erf(z * math.sqrt(0.5))) + z * density
+            slope = 0.5 * (1 + t) + 0.5 * b * (1 - t) * (1 + t) * _K * (1 + 3 * _C * b * b)
+        else:
+            density = jnp.exp(-0.5 * v * v) * (1 / math.sqrt(2 * math.pi))
+            slope = 0.5 * (1 + lax.erf(v * math.sqrt(0.5))) + v * density
+        return slope.astype(z.dtype)
 
     @staticmethod
     def _u(z: Array) -> Array:

@@ -69,10 +69,13 @@ class Attention(Weightless):
 
         sum_r p_tr g_tr = delta_t . sum_r p_tr v_r = delta_t . y_t
 
-    What is kept is l_t = log sum_r e^{z_tr}, one more number for each query and head. The way back
-    makes p_ts = e^{z_ts - l_t} again. Both ways run over blocks of queries, so that with T > block
-    there is never an array of T x S numbers. They hold scores as (S, queries): in this form every
-    product runs along contiguous memory.
+    What is kept is the largest score m_t and n_t = sum_r e^{z_tr - m_t}, two more numbers for each
+    query and head; their logsumexp, m_t + log n_t, would lose n_t beside a large m_t. The way back
+    makes p_ts = e^{z_ts - m_t} / n_t again. Both ways run over blocks of queries, so that with T >
+    block there is never an array of T x S numbers. They hold scores as (S, queries): in this form
+    every product runs along contiguous memory.
+
+    A mask keeps a value out by the factor 0: where padding holds NaN, so does y.
 
     Source: Vaswani et al., Attention is all you need (2017), equation 1; in blocks: Rabe and
     Staats, Self-attention does not need O(n^2) memory (2021), and Dao et al., FlashAttention
@@ -120,7 +123,7 @@ class Attention(Weightless):
     def __repr__(self) -> str:
         return shown(self, "heads")
 
-    def forward(self, params: PyTree, x: Any, key: Array | None = None) -> tuple[Array, Array]:
+    def forward(self, params: PyTree, x: Any, key: Array | None = None) -> tuple[Array, Any]:
         check_no_params(self, params)
         it = self._heads(x)
         v = it.v.transpose(0, 2, 1)
@@ -135,30 +138,33 @@ class Attention(Weightless):
             if it.mask is not None:
                 n = jnp.where(n == 0, jnp.ones_like(n), n)
             y = _dot(v[:, :, :end], 2, e.astype(v.dtype), 1) / n
-            return done, (it.rows(y.astype(v.dtype), size), it.rows(top + jnp.log(n), size))
+            return done, (it.rows(y.astype(v.dtype), size), it.rows(top, size), it.rows(n, size))
 
-        _, (y, l) = self._over_blocks(it, block, ())
-        return y, l
+        _, (y, *l) = self._over_blocks(it, block, ())
+        return y, tuple(l)
 
     def backward(self, params: PyTree, trace: Trace, delta: Array) -> tuple[Any, tuple[()]]:
-        it, l = self._heads(trace.x), trace.saved
+        it = self._heads(trace.x)
         heads, groups, T, d = it.q.shape
-        wide = l.dtype
+        wide = wide_dtype(it.q.dtype)
+        # float16 has no room for the small deltas of scores of long sequences
+        dtype = wide if it.k.dtype == jnp.float16 else it.k.dtype
         mean = delta.astype(wide) * trace.y.astype(wide)
         mean = jnp.sum(mean.reshape(T, heads, groups, -1), axis=3).transpose(1, 2, 0)
-        l = l.reshape(T, heads, groups).transpose(1, 2, 0)
+        top, n = (l.reshape(T, heads, groups).transpose(1, 2, 0) for l in trace.saved)
         delta = delta.reshape(T, heads, groups, -1).transpose(1, 2, 0, 3)
         k = it.k.transpose(0, 2, 1)
 
         def block(at: Any, size: int, end: int, done: tuple[Array, Array]) -> tuple[Any, Array]:
             q, d = _part(it.q, at, size, 2), _flat(_part(delta, at, size, 2))
             z = it.scores(q, at, end)
-            p = jnp.exp(z - _part(l, at, size, 2).reshape(heads, 1, -1))
+            own = (_part(l, at, size, 2).reshape(heads, 1, -1) for l in (top, n))
+            p = jnp.exp(z - next(own)) / next(own)
             g = _dot(it.v[:, :end], 2, d, 2) - _part(mean, at, size, 2).reshape(heads, 1, -1)
-            e = (p * g).astype(k.dtype)
-            dk = done[0] + _dot(e, 2, _flat(q), 1)
+            e = (p * g).astype(dtype)
+            dk = done[0] + _dot(e, 2, _flat(q).astype(dtype), 1)
             dv = done[1] + _dot(p.astype(k.dtype), 2, d, 1)
-            return (dk, dv), it.rows(_dot(k[:, :, :end], 2, e, 1), size)
+            return (dk, dv), it.rows(_dot(k[:, :, :end].astype(dtype), 2, e, 1), size)
 
         zeros = tuple(jnp.zeros(a.shape, wide) for a in (it.k, it.v))
         (dk, dv), dq = self._over_blocks(it, block, zeros)

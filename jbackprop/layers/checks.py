@@ -37,7 +37,10 @@ def check_sizes(layer: Any, *names: str, least: int = 1) -> None:
 def check_floating(layer: Layer, x: Any) -> None:
     """Raise unless one example is an array of floating-point numbers."""
     if not hasattr(x, "dtype"):
-        raise TypeError(f"{layer} needs one array for an example, not a {type(x).__name__}")
+        raise TypeError(
+            f"{layer} needs one array for an example, not a {type(x).__name__}; behind a FanOut a "
+            "join (Add, Multiply, Concatenate, ...) makes one"
+        )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"{layer} needs floating-point inputs, not {x.dtype}: use x.astype('float32')"

@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.nn import initializers
 
 from jbackprop.factored import Outer, PyTree, Shift
+from jbackprop.layers.checks import check_floating
 from jbackprop.sweep import Beheaded, Layer, Trace
 
 Init = Callable[[Array, tuple[int, ...], Any], Array]
@@ -115,6 +116,7 @@ class Dense(Layer):
         return Beheaded(None, (), params["w"], params.get("b"), rejoin)
 
     def _check(self, params: PyTree, x: Array) -> None:
+        check_floating(self, x)
         if jnp.ndim(x) == 0 or x.shape[-1] != self.p:
             hint = (
                 "; flatten each example first: x.reshape(len(x), -1)"
@@ -126,10 +128,6 @@ class Dense(Layer):
             raise ValueError(
                 f"{self} needs {self.p} features on the last axis, but one example has the shape "
                 f"{x.shape}{hint}"
-            )
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(
-                f"{self} needs floating-point inputs, not {x.dtype}: use x.astype('float32')"
             )
         shapes = {"w": (self.p, self.q)} | ({"b": (self.q,)} if self.bias else {})
         found = (

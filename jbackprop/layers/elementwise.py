@@ -24,7 +24,13 @@ from jbackprop.sweep import Layer, Trace
 
 
 class Weightless(Layer):
-    """A layer without parameters: init gives ()."""
+    """A layer without parameters: init gives ().
+
+    Attributes:
+        moves: whether it only moves entries, and so takes integers too (which have no delta).
+    """
+
+    moves: ClassVar[bool] = False
 
     def init(self, key: Array) -> tuple[()]:
         return ()
@@ -35,7 +41,12 @@ class Weightless(Layer):
                 f"{self} has no parameters, so its place in params must be (), but these came: "
                 f"{jax.tree.map(jnp.shape, params)}; are they another network's?"
             )
-        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        if not hasattr(x, "dtype"):
+            raise TypeError(
+                f"{self} needs one array for an example, not a {type(x).__name__}; behind a FanOut "
+                "a join (Add, Multiply, Concatenate, ...) makes one"
+            )
+        if not self.moves and not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(
                 f"{self} needs floating-point inputs, not {x.dtype}: use x.astype('float32')"
             )

@@ -151,7 +151,7 @@ class Positions(Layer):
                 f"{self} takes up to {self.length} positions of {self.width} features, but one "
                 f"example has the shape {x.shape}"
             )
-        return x + params["w"][: x.shape[0]], None
+        return x + params["w"][: x.shape[0]].astype(x.dtype), None
 
     def backward(self, params: PyTree, trace: Trace, delta: Array) -> tuple[Array, PyTree]:
         # One group and one position, whose features are all entries of the rows that were used.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jbackprop.factored import PyTree
-from jbackprop.layers.checks import check_features, check_floating, check_no_params
+from jbackprop.layers.checks import check_features, check_no_params
 from jbackprop.layers.elementwise import Weightless
 from jbackprop.sweep import Trace
 
@@ -148,8 +148,10 @@ class Take(Weightless):
 
     Raises:
         ValueError: an input without positions, or with too few.
-        TypeError: an index that is no int; inputs that are not floating-point numbers.
+        TypeError: an index that is no int; an input that is no array.
     """
+
+    moves: ClassVar[bool] = True
 
     index: int = -1
 
@@ -160,7 +162,6 @@ class Take(Weightless):
         return f"{type(self).__name__}({self.index})"
 
     def forward(self, params: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Shapes]:
-        check_floating(self, x)
         self._check(params, x)
         if x.ndim == 0 or not -x.shape[0] <= self.index < x.shape[0]:
             raise ValueError(

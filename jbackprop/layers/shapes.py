@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ class Reshape(Weightless):
     Raises:
         ValueError: a shape that has not as many entries as the input.
     """
+
+    moves: ClassVar[bool] = True
 
     shape: tuple[int, ...]
 
@@ -69,6 +71,8 @@ class Reshape(Weightless):
 @dataclasses.dataclass(frozen=True)
 class Flatten(Weightless):
     """The entries of an example in a row, the last axis fastest: before a Dense over all of it."""
+
+    moves: ClassVar[bool] = True
 
     def forward(self, params: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Shape]:
         self._check(params, x)

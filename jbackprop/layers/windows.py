@@ -93,7 +93,11 @@ def check_spatial(layer: Any, x: Any, axes: int) -> None:
     if x.ndim != axes + 1:
         expected = ("length", "height, width", "depth, height, width")
         names = expected[axes - 1] if axes <= 3 else f"{axes} axes"
-        hint = "; add an axis of channels: x[..., None]" if x.ndim == axes else ""
+        hint = (
+            "; without channels add their axis, x[..., None], and without a batch its, x[None]"
+            if x.ndim == axes
+            else ""
+        )
         raise ValueError(
             f"{layer} needs examples ({names}, channels), but one has the shape {x.shape}{hint}"
         )

@@ -154,7 +154,7 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
                 """The part of `size` classes in all sums."""
                 w_grad, b_grad, delta_h = carry
                 z, w_part = (_part(v, start, size) for v in (ahead.z, w))
-                delta = self._delta_of(z, ahead.log_sum, rows, start, classes)
+                delta = self._delta_of(z, ahead, rows, start, classes)
                 if b_grad is not None:
                     b_grad = _add_at(b_grad, start, _dot(rows.weight[None], delta, 1, 0)[0])
                 delta = delta.astype(rows.h.dtype)
@@ -221,16 +221,16 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
         if spread is not None:
             apart = jnp.where(spread[None] == 0, 0, spread[None] * (z - own))
             cost = cost - jnp.sum(apart, axis=1)
-        return _Ahead(z, top + log_sum, jnp.where(rows.share == 0, 0, rows.share * cost))
+        return _Ahead(z, top, log_sum, jnp.where(rows.share == 0, 0, rows.share * cost))
 
     def _mass(self, rows: _Rows, spread: Array | None) -> Array:
         """m, the sum of the target weights of every position."""
         return rows.target if spread is None else rows.target + jnp.sum(spread)
 
-    def _delta_of(self, z: Array, log_sum: Array, rows: _Rows, start: Any, classes: int) -> Array:
+    def _delta_of(self, z: Array, ahead: _Ahead, rows: _Rows, start: Any, classes: int) -> Array:
         """delta of the classes from `start` on, from their z'; without the position's share."""
         spread = self._spread_evenly(classes, z.dtype)
-        delta = jnp.exp(z - log_sum)
+        delta = jnp.exp((z - ahead.top) - ahead.log_sum)  # their sum would lose log_sum
         if self.class_weights is not None:  # without them m = 1
             delta = self._mass(rows, spread)[:, None] * delta
         if spread is not None:
@@ -284,9 +284,13 @@ class _Rows(NamedTuple):
 
 
 class _Ahead(NamedTuple):
-    """A block of positions, forward: z' (N, V), logsumexp (N, 1), its parts of the costs (N,)."""
+    """A block of positions, forward: z' (N, V), its parts of the costs (N,).
+
+    The logsumexp is in two parts (N, 1): the largest z', and the log of the sum of e^(z' - top).
+    """
 
     z: Array
+    top: Array
     log_sum: Array
     cost: Array
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -54,6 +55,10 @@ class SoftmaxCrossEntropy(Canonical):
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be from 0 to 1, not {self.label_smoothing}")
+        if self.ignore_index is not None:
+            if isinstance(self.ignore_index, bool) or not hasattr(self.ignore_index, "__index__"):
+                raise TypeError(f"ignore_index must be an int, not {self.ignore_index!r}")
+            object.__setattr__(self, "ignore_index", self.ignore_index.__index__())
         if self.class_weights is not None:
             if isinstance(self.class_weights, Mapping | str) or not isinstance(
                 self.class_weights, Iterable
@@ -121,8 +126,9 @@ class SoftmaxCrossEntropy(Canonical):
         mass = jnp.where((y >= 0) & (y < classes), jnp.ones((), dtype), jnp.nan)
         if self.ignore_index is not None:
             counted = y != self.ignore_index
-            number = jnp.sum(counted.reshape(len(y), -1), axis=1).astype(dtype)
-            scale = (y[0].size / jnp.maximum(number, 1)).reshape((-1,) + (1,) * (y.ndim - 1))
+            positions = math.prod(y.shape[1:])
+            number = jnp.sum(counted.reshape(len(y), positions), axis=1).astype(dtype)
+            scale = (positions / jnp.maximum(number, 1)).reshape((-1,) + (1,) * (y.ndim - 1))
             mass = jnp.where(counted, mass * scale, 0)
         return y, mass
 
