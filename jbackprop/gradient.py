@@ -261,8 +261,8 @@ def deltas(bp: Backprop) -> OrderedDict[str, Any]:
     """The delta of every layer that has weights, dC_n/dz_n (B, ...), by path, first layer first.
 
     z is the layer's output: the net input of the activation behind it; where it is a tuple, so is
-    the delta. Unscaled: the mean cost's deltas are these divided by B. The copies of a layer in a scanned composite are told apart:
-    `layers[1].layer[0]`, ...
+    the delta. Unscaled: the mean cost's deltas are these divided by B. The copies of a layer in a
+    scanned composite are told apart: `layers[1].layer[0]`, ...
     """
     found = walk(bp.net, bp.kept)
     return by_copy(bp.net, {path: kept.delta for path, _, kept in found if isinstance(kept, Kept)})

@@ -249,7 +249,7 @@ def test_the_first_nonfinite_copy_is_named(key):
     net = jb.Repeat(jb.Sequential(jb.Dense(4, 4), jb.Tanh()), 3)
     params, x, y = problem(net)
     huge = jax.tree.map(lambda p: p.at[1].mul(jnp.inf), params)
-    assert "parameters of layer.layers[0]" in jb.diagnose.first_nonfinite(net, LOSS, huge, x, y)
+    assert "parameters of layer[1].layers[0]" in jb.diagnose.first_nonfinite(net, LOSS, huge, x, y)
     net = jb.Repeat(jb.Activation(jnp.exp, jnp.exp), 6)
     place = jb.diagnose.first_nonfinite(net, LOSS, (), jnp.ones((2, 4)), jnp.zeros((2, 4)))
     assert place.startswith("the output of layer[3] (")

@@ -225,9 +225,7 @@ class _Check:
             at = dict(zip(moving, moved, strict=True))
             own = [at.get(i, leaf) for i, leaf in enumerate(all_leaves)]
             return jnp.sum(
-                self.loss.value(
-                    forward(self.net, jax.tree.unflatten(tree, own), x, self.key)[0], y
-                )
+                self.loss.value(forward(self.net, jax.tree.unflatten(tree, own), x, self.key)[0], y)
             )
 
         rng = np.random.default_rng([self.seed, 1])
