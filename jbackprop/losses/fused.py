@@ -60,7 +60,7 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
         label_smoothing, class_weights, ignore_index: as in `SoftmaxCrossEntropy`.
         logit_cap: cap, positive; None for z' = z.
         block: the positions at once, at most; by default so many that block V net inputs are 32
-            MiB, at least 256 (or p, if that is fewer) and at most 1024.
+            MiB, at least 256 (or p, if that is fewer) and at most 512.
         vocab_block: the classes at once, at most; by default 2048 on a CPU, else so many that their
             deltas are 128 MiB.
 
@@ -243,7 +243,7 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
         """How many positions at once: about the same for every block."""
         p, classes = w.shape
         fitting = _SLAB // (classes * wide_dtype(w.dtype).itemsize)
-        most = self.block or min(1024, max(fitting, min(p, 256)))
+        most = self.block or min(512, max(fitting, min(p, 256)))
         return -(-rows // max(1, -(-rows // most))) or 1
 
     def _chunk(self, z: Array) -> int:
