@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-Attend = Callable[[Array, Array, Array], Array]
+Attend = Callable[..., Array]
 
 
 def _seen(rows: Array, columns: Array) -> Array:
