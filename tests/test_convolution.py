@@ -444,11 +444,11 @@ def test_a_class_is_no_activation():
     [
         (C(3, 1, (3, 3)), (4, 4, 1), "needs 3 features on the last axis"),
         (C(1, 1, (3, 3)), (4, 1), r"needs examples \(height, width, channels\)"),
-        (C(4, 1, (3, 3)), (4, 4), r"axis of channels: x\[..., None\]"),
+        (C(4, 1, (3, 3)), (4, 4), r"without channels add their axis, x\[..., None\]"),
         (C(1, 1, (3,), padding="VALID"), (2, 1), "does not fit into .*SAME"),
         (T(1, 1, (1,), padding=1), (2, 1), "does not fit"),
         (M((3,)), (2, 1), "does not fit"),
-        (M((2, 2)), (4, 4), "axis of channels"),
+        (M((2, 2)), (4, 4), "without channels add their axis"),
         (jb.Upsample((2, 2)), (4, 1), "needs examples"),
         (jb.GlobalMaxPool(), (4,), "needs positions"),
         (jb.Reshape((2, 3)), (5,), r"it has 5 entries.*without the batch axis"),
@@ -461,8 +461,9 @@ def test_inputs_that_do_not_fit_are_refused(layer, shape, message):
     params = layer.init(jax.random.key(0))
     with pytest.raises(ValueError, match=message):
         jb.forward(layer, params, jnp.ones((2, *shape)))
-    with pytest.raises(TypeError, match="floating-point"):
-        jb.forward(layer, params, jnp.ones((2, *shape), jnp.int32))
+    if not isinstance(layer, jb.Reshape):  # which only moves
+        with pytest.raises(TypeError, match="floating-point"):
+            jb.forward(layer, params, jnp.ones((2, *shape), jnp.int32))
 
 
 def test_other_params_are_refused():
