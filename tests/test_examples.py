@@ -18,6 +18,7 @@ import jbackprop as jb
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TESTED = {
     "adding_problem",
+    "char_gpt",
     "worked_example",
     "regression",
     "three_modes",
@@ -195,3 +196,13 @@ def test_mnist_cnn() -> None:
     assert found["accuracy"] > 0.8
     assert list(found["before"]) == ["layers[0]", "layers[3]", "layers[7]", "layers[9]"]
     assert found["after"]["layers[9]"] < 0.6 * found["before"]["layers[9]"]
+
+
+def test_char_gpt() -> None:
+    found = example("char_gpt").main(
+        width=32, depth=2, length=16, epochs=2, batch_size=16, characters=20_000, sample=20
+    )
+    assert found["losses"][1] < found["losses"][0]
+    assert found["bits"] < found["by frequency"] + 0.1
+    assert len(found["sample"]) == 20
+    assert [len(norms) for norms in found["deltas"]] == [2, 2]
