@@ -13,6 +13,15 @@ EQUIVALENT: dict[str, list[str]] = {
     "a and delta are stacked together": [
         "Patches.stacked: self.a.shape[0] -> self.delta.shape[0]",
         "Patches.total: a.shape[1] -> delta.shape[1]",
+        "Patches.outer: self.a.shape[:2] -> self.delta.shape[:2]",
+    ],
+    "of one copy all are the first; JAX takes an index beyond it for the last": [
+        "Patches.total: a.shape[1] == 1 -> a.shape[1] == 0",
+        "Patches.total: (:, 0) -> (:, 1)",
+    ],
+    "written out, it is the same number, at more cost": [
+        "Patches.dot: other.outer() if isinstance(other, Patches) else other -> other",
+        "Patches.gram: other.outer() if isinstance(other, Patches) else other -> other",
     ],
     "what comes out of a layer is as wide as what goes in": [
         "Patches.total: jnp.result_type(a, delta) -> jnp.result_type(delta, delta)",

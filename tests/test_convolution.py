@@ -309,6 +309,7 @@ def test_patches_of_a_scanned_stack(groups):
     assert_close(stacked.total(weights), jnp.einsum("n,n...->...", weights, each))
     assert_close(stacked.square_norm(), (each.reshape(3, -1) ** 2).sum(1))
     assert_close(stacked.total(), each.sum(0))
+    assert_close(jax.tree.map(lambda v: v[:1], stacked).total(), each[0])
 
 
 def test_patches_answer_with_other_kinds_and_in_a_sum():
@@ -325,6 +326,8 @@ def test_patches_answer_with_other_kinds_and_in_a_sum():
         for two, b in zip([*parts, outer, full], [*rows, rows[0], rows[1]], strict=True):
             assert_close(one.dot(two), (a * b).sum(1))
             assert_close(one.gram(two), a @ b.T)
+    for part in parts:
+        assert_close(part.second_moment(), (part.each() ** 2).sum(0))
     both = Sum(tuple(parts), parts[0].place)
     assert_close(both.square_norm(), (sum(rows) ** 2).sum(1))
     assert_close(both.total(), sum(rows).sum(0).reshape(3, 2, 2))
@@ -368,6 +371,9 @@ def test_patches_with_steps_and_copies_of_their_own():
     due = jnp.stack([pair.each(), 2 * pair.each()], 1).transpose(0, 4, 3, 1, 2)
     assert_close(both.each(), due)
     assert_close(both.total(), due.sum(0))
+    turned = Place((3, 2, 2), jnp.float64, steps=(("transpose", (2, 1, 0)),))
+    alone = Patches(pair.a, pair.delta, pair.geometry, turned)
+    assert_close(alone.total(), pair.total().transpose(2, 1, 0))
 
 
 def test_a_cnn_for_sequences_learns_by_the_delta_rule():
