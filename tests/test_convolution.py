@@ -287,6 +287,14 @@ def test_a_kernel_of_another_dtype_is_promoted(layer):
     assert found[0].dtype == jnp.bfloat16
     assert relative(found[0], due[0].astype(jnp.bfloat16)) == 0
     assert all(relative(found[1][name], due[1][name]) <= 1e-6 for name in params)
+    half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    due = swept(
+        layer, jax.tree.map(lambda w: w.astype(jnp.float32), half), x.astype(z.dtype), delta
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        found = swept(layer, half, x.astype(z.dtype), delta)
+    assert found[0].dtype == jnp.float32
+    assert relative(found[0], due[0]) <= 1e-6
 
 
 def kept(layer, shape, seed=0, batch=3):
