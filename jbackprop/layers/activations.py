@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jbackprop.factored import PyTree, wide_dtype
+from jbackprop.layers.checks import check_no_params
 from jbackprop.layers.elementwise import Elementwise
 from jbackprop.sweep import Trace
 
@@ -26,11 +27,13 @@ def _need(ok: bool, layer: object, what: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Identity(Elementwise):
-    """a = z, so f'(z) = 1: a linear unit."""
-
-    moves: ClassVar[bool] = True
+    """a = z, so f'(z) = 1: a linear unit. Takes whatever there is, also integers and tuples."""
 
     reads: ClassVar[tuple[str, ...]] = ()
+
+    def forward(self, params: PyTree, x: Any, key: Array | None = None) -> tuple[Any, None]:
+        check_no_params(self, params)
+        return x, None
 
     def activate(self, z: Array) -> Array:
         return z
