@@ -239,7 +239,8 @@ def contestants(sizes: Sizes, names: Sequence[str] = KEPT) -> Sequence[Contestan
     found = ours(sizes)
     for name in names:
         kind, how = ARRANGEMENTS[name]
-        found.append(Contestant(name, blocks_alone(how, sizes), kind))
+        if how.chunks <= sizes.batch:
+            found.append(Contestant(name, blocks_alone(how, sizes), kind))
     found.sort(key=lambda p: p.kind != "plain")  # the reference first
     for checkpoint in (False, True):
         how_ = "checkpoint" if checkpoint else "plain"
@@ -261,7 +262,8 @@ def modellers(sizes: Sizes) -> Sequence[Contestant]:
     found = ours(sizes, whole=True)
     for name in KEPT:
         kind, how = ARRANGEMENTS[name]
-        found.append(Contestant(name, model(how, sizes), kind))
+        if how.chunks <= sizes.batch:
+            found.append(Contestant(name, model(how, sizes), kind))
     return sorted(found, key=lambda p: p.kind != "plain")
 
 
