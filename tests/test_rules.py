@@ -1,5 +1,6 @@
 """Every rule of the catalogue: proved against jax.grad, and the laws that rules keep."""
 
+import functools
 import inspect
 import pickle
 
@@ -34,9 +35,13 @@ def own(case):
 
 def traced(case, x=None, key=None):
     """The rule's trace and a random delta."""
-    x = case.x if x is None else x
-    y, saved = jb.forward(case.rule, own(case), x, key)
-    return case.rule.trace(x, y, saved), random_like(y, len(case.name))
+
+    @jax.jit
+    def of(params, x, key):
+        y, saved = jb.forward(case.rule, params, x, key)
+        return case.rule.trace(x, y, saved), random_like(y, len(case.name))
+
+    return of(own(case), case.x if x is None else x, key)
 
 
 def random_like(tree, seed):
@@ -51,9 +56,14 @@ def is_float(v):
     return jnp.issubdtype(jnp.result_type(v), jnp.floating)
 
 
+def is_deep(case):
+    """Whether it is of many layers, each of which is tried alone too."""
+    return isinstance(case.rule, jb.Composite) and len(list(structure.walk(case.net))) > 5
+
+
 @pytest.fixture
 def op_by_op():
-    """Nothing is compiled but single operations, which all rules share: that is much cheaper."""
+    """Nothing is compiled but single operations: as it runs outside jit."""
     with jax.disable_jit():
         yield
 
@@ -64,7 +74,7 @@ def op_by_op():
     ["float64", "bfloat16", *(pytest.param(d, marks=NEWEST) for d in ("float32", "float16"))],
 )
 def test_agrees_with_autodiff_in_float64(case, dtype):
-    deep = isinstance(case.rule, jb.Composite) and len(list(structure.walk(case.net))) > 5
+    deep = is_deep(case)
     if deep and dtype == "float16":
         pytest.skip("layer by layer it is tried alone; bfloat16 is coarser")
     truth = "both" if dtype == "float64" else "autodiff"  # which numbers have confirmed there
@@ -77,16 +87,19 @@ def test_agrees_with_autodiff_in_float64(case, dtype):
 
 
 @pytest.mark.newest
-@pytest.mark.usefixtures("op_by_op")
 @named(CASES)
 def test_value_and_gradient_are_those_of_jax_grad(case):
-    """Random draws included."""
+    """Random draws included; outside jit, but for deep nets."""
     at = case.x, case.y
     truth = jax.value_and_grad(
         lambda p: mean_cost(case.net, case.loss, p, *at, case.key),
-    )(case.params)
-    found = jb.value_and_grad(case.net, case.loss)(case.params, *at, key=case.key)
-    assert_close(found, truth, zero=1e-14)
+    )
+    found = functools.partial(jb.value_and_grad(case.net, case.loss), key=case.key)
+    if is_deep(case):
+        assert_close(jax.jit(found)(case.params, *at), jax.jit(truth)(case.params), zero=1e-14)
+        return
+    with jax.disable_jit():
+        assert_close(found(case.params, *at), truth(case.params), zero=1e-14)
 
 
 SHIPPED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
@@ -98,39 +111,45 @@ SHIPPED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": T
 def test_compiled_as_for_users_it_is_the_same(case):
     call = jb.value_and_grad(case.net, case.loss)
     args = case.params, case.x, case.y, None, case.key
-    with jax.disable_jit():
-        slow = call(*args)
+    slow = jax.jit(call)(*args)
     found = jax.jit(call).lower(*args).compile(compiler_options=SHIPPED)(*args)
     assert_close(found, slow, 1e-13, zero=1e-15)
 
 
-@pytest.mark.usefixtures("op_by_op")
 @named([c for c in CASES if not c.net.couples_examples])
 def test_per_example_questions_are_those_of_vmap_grad(case):
-    bp = jb.backprop(case.net, case.loss, case.params, case.x, case.y)
-    truth = jax.tree.leaves(each_grad(case.net, case.loss, case.params, case.x, case.y))
-    pairs = jax.tree.leaves(bp.factored, is_leaf=is_factored)
-    assert len(pairs) == len(truth)
-    w = jnp.asarray(np.random.default_rng(0).standard_normal(case.batch))
-    rows = [g.reshape(case.batch, -1) for g in truth]
-    answers = {
-        "each": ([p.each() for p in pairs], truth),
-        "total": ([p.total() for p in pairs], [g.sum(0) for g in truth]),
-        "weighted": ([p.total(w) for p in pairs], [np.tensordot(w, g, 1) for g in truth]),
-        "square_norm": ([p.square_norm() for p in pairs], [(r**2).sum(1) for r in rows]),
-        "second_moment": ([p.second_moment() for p in pairs], [(g**2).sum(0) for g in truth]),
-        "gram": ([p.gram(p) for p in pairs], [r @ r.T for r in rows]),
-        "dot": ([p.dot(p) for p in pairs], [(r**2).sum(1) for r in rows]),
-    }
-    for found, due in answers.values():
+    w = np.random.default_rng(0).standard_normal(case.batch)
+
+    @jax.jit  # one program for all: that is much cheaper than one after the other
+    def asked(params, x, y, w):
+        bp = jb.backprop(case.net, case.loss, params, x, y)
+        pairs = jax.tree.leaves(bp.factored, is_leaf=is_factored)
+        answers = [
+            {
+                "each": p.each(), "total": p.total(), "weighted": p.total(w), "dot": p.dot(p),
+                "square_norm": p.square_norm(), "second_moment": p.second_moment(),
+                "gram": p.gram(p),
+            }
+            for p in pairs
+        ]  # fmt: skip
+        return answers, jax.tree.leaves(each_grad(case.net, case.loss, params, x, y))
+
+    answers, truth = asked(case.params, case.x, case.y, jnp.asarray(w))
+    for found, g in zip(answers, map(np.asarray, truth), strict=True):
+        rows = g.reshape(case.batch, -1)
+        due = {
+            "each": g, "total": g.sum(0), "weighted": np.tensordot(w, g, 1),
+            "dot": (rows**2).sum(1), "square_norm": (rows**2).sum(1),
+            "second_moment": (g**2).sum(0), "gram": rows @ rows.T,
+        }  # fmt: skip
         assert_close(found, due, zero=1e-14)
 
 
-@pytest.mark.usefixtures("op_by_op")
 @named(RULES)
 def test_backward_is_linear_in_delta(case):
     trace, delta = traced(case)
 
+    @jax.jit
     def collected(delta):
         return jb.backward(case.rule, own(case), trace, delta, sweep.total)
 
@@ -142,7 +161,6 @@ def test_backward_is_linear_in_delta(case):
     assert_same(combined, separate)
 
 
-@pytest.mark.usefixtures("op_by_op")
 @named(RULES)
 def test_adjoint_identity(case):
     """<J v, u> = <v, J^T u> for the Jacobian of the rule at its input and its parameters."""
@@ -155,8 +173,14 @@ def test_adjoint_identity(case):
         return [y for y in jax.tree.leaves(jb.forward(case.rule, *moved)[0]) if is_float(y)]
 
     moving = jax.tree.map(lambda p: p if is_float(p) else None, point)
-    _, jv = jax.jvp(along, (moving,), (v,))
-    delta_x, gradients = jb.backward(case.rule, own(case), trace, u, sweep.total)
+
+    @jax.jit
+    def both(moving, v, trace, u):
+        return jax.jvp(along, (moving,), (v,))[1], jb.backward(
+            case.rule, own(case), trace, u, sweep.total
+        )
+
+    jv, (delta_x, gradients) = both(moving, v, trace, u)
     there = [j * d for j, d in zip(jv, jax.tree.leaves(u), strict=True)]
     back = zip(jax.tree.leaves(v), jax.tree.leaves((gradients, delta_x)), strict=True)
     here = [d * g for d, g in back]
@@ -164,9 +188,9 @@ def test_adjoint_identity(case):
     assert abs(sum(map(np.sum, there)) - sum(map(np.sum, here))) <= 1e-13 * size
 
 
-@pytest.mark.usefixtures("op_by_op")
 @named(ALONE)
 def test_vmap_over_the_batch_equals_a_loop(case):
+    @jax.jit
     def answers(x, delta):
         trace, _ = traced(case, x)
         delta_x, factored = jb.backward(case.rule, own(case), trace, delta, sweep.keep)
