@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from typing import Any
@@ -18,8 +19,9 @@ from jbackprop.sweep import Collect, Trace, backward, forward, inside, keys_for
 class _SideBySide(Variadic):
     """The y is a tuple with the output of every branch."""
 
+    @abc.abstractmethod
     def _inputs(self, x: Any) -> tuple[Any, ...]:
-        raise NotImplementedError
+        """The input of each branch."""
 
     @functools.cached_property
     def reads(self) -> tuple[str, ...]:

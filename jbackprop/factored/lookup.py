@@ -85,7 +85,7 @@ class Lookup(Factored):
 
     def _merged(self) -> tuple[Array, Array]:
         """Every row once: ids (B, G, T), `rows` where nothing is left, and the sums of deltas."""
-        assert self.home
+        _ = self.home  # raises for what was kept under an outer vmap
 
         def merge(ids: Array, delta: Array) -> tuple[Array, Array]:
             order = jnp.argsort(ids)

@@ -201,7 +201,7 @@ class Patches(Factored):
         return Patches(a, delta, self.geometry, place)
 
     def total(self, weights: Array | None = None) -> Array:
-        assert self.home
+        _ = self.home  # raises for what was kept under an outer vmap
         a, delta = self.a, self.delta
         if weights is not None:
             delta = weighted(weights, delta)

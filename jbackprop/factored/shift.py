@@ -57,7 +57,7 @@ class _Summed(Factored):
         return jnp.sum(self._sum() * other._sum(), axis=(1, 2))
 
     def _sum(self) -> Array:
-        assert self.home
+        _ = self.home  # raises for what was kept under an outer vmap
         s = self._summands()
         return jnp.sum(s, axis=2, dtype=wide_dtype(s.dtype))
 
