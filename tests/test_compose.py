@@ -164,36 +164,27 @@ TRANSPORTED = [
 ]
 
 
+class Fed(jb.Dense):
+    """z = x W + b, whose derivative by x is the feedback: stop(x) W + b + x F - stop(x F)."""
+
+    def forward(self, params, x, key=None):
+        own, feedback = params
+        carried = x @ jax.lax.stop_gradient(feedback["w"])
+        exact = jax.lax.stop_gradient(x) @ own["w"] + own["b"]
+        return exact + carried - jax.lax.stop_gradient(carried), None
+
+
 @pytest.mark.parametrize("net", TRANSPORTED, ids=repr)
 def test_transport_carries_the_delta_and_nothing_else(net):
-    """Feedback weights B carry the delta: z = x W + stop(x B) - ..., whose derivative by x is B."""
     params, x, y = problem(net)
     feedback = jax.tree.map(lambda p: jnp.cos(7 * p + 1), params)
+    fed = {path: other for path, _, other in structure.walk(net, feedback)}
 
-    class Fed(jb.Dense):  # forward by w, and by autodiff backward by b's feedback
-        def forward(self, pair, x, key=None):
-            own, other = pair["own"], pair["other"]
-            carried = x @ other["w"]
-            exact = jax.lax.stop_gradient(x) @ own["w"] + own["b"]
-            return exact + carried - jax.lax.stop_gradient(carried), None
-
-    def change(path, layer, both):
-        return (Fed(layer.p, layer.q), both) if isinstance(layer, jb.Dense) else (layer, ())
-
-    def pair(own, other):
-        return {"own": own, "other": jax.lax.stop_gradient(other)}
+    def pair(path, layer, own):
+        return (Fed(layer.p, layer.q), (own, fed[path])) if own else (layer, own)
 
     def cost(params):
-        _, mine = structure.rebuild(net, params, lambda path, layer, own: (layer, own))
-        _, fed = structure.rebuild(net, feedback, lambda path, layer, own: (layer, own))
-        parts = dict(zip([p for p, _, _ in structure.walk(net)], zip(
-            [o for _, _, o in structure.walk(net, mine)], [o for _, _, o in structure.walk(net, fed)],
-            strict=True), strict=True))  # fmt: skip
-        twin, both = structure.rebuild(
-            net, params,
-            lambda path, layer, own: change(path, layer, pair(*parts[path]) if own else ()),
-        )  # fmt: skip
-        return half_squares(jb.forward(twin, both, x)[0], y)
+        return half_squares(jb.forward(*structure.rebuild(net, params, pair), x)[0], y)
 
     bp = jb.backprop(net, LOSS, params, x, y, transport=feedback)
     assert_close(jb.gradient(bp, jnp.ones(5)), jax.grad(cost)(params))

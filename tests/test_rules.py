@@ -102,6 +102,19 @@ def test_value_and_gradient_are_those_of_jax_grad(case):
         assert_close(found(case.params, *at), truth(case.params), zero=1e-14)
 
 
+@pytest.mark.newest
+@named(CASES)
+def test_lowers_for_every_platform_and_under_vmap(case):
+    """Nothing is compiled: XLA for cpu, cuda and tpu, and the shapes of two nets at once."""
+    call = functools.partial(jb.value_and_grad(case.net, case.loss), key=case.key)
+    args = case.params, case.x, case.y
+    exported = jax.export.export(jax.jit(call), platforms=("cpu", "cuda", "tpu"))(*args)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    two = jax.tree.map(lambda v: jnp.stack([v, v]), args)
+    shapes = jax.tree.map(jnp.shape, jax.eval_shape(jax.vmap(call), *two))
+    assert shapes == jax.tree.map(lambda v: (2, *v.shape), jax.eval_shape(call, *args))
+
+
 SHIPPED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 """How XLA compiles for users; here in conftest.py it is told to be quick."""
 
