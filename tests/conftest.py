@@ -6,6 +6,7 @@ little optimisation, unless XLA_FLAGS says otherwise. What is about the program 
 XLA_FLAGS is set to nothing: `make test` does both.
 """
 
+import itertools
 import os
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def pytest_collection_modifyitems(config, items):
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
         if hasattr(case, "name"):
             item.add_marker(pytest.mark.xdist_group(case.name))
+
+
+tests_run = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    """Compiled programs are let go now and then: a process may map 65,530 pieces of memory."""
+    if next(tests_run) % 100 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture

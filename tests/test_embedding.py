@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from single import assert_rule, normal, random_like, torch_truth
 from truth import assert_close
@@ -91,7 +92,6 @@ def test_ids_out_of_range_give_nan_and_no_gradient_under_jit():
 
 
 def test_a_fit_says_that_nan_began_in_the_embedding(key):
-    optax = pytest.importorskip("optax")
     net = jb.Sequential(jb.Embedding(5, 3), jb.Take(), jb.Dense(3, 2))
     data = IDS.at[1, 3].set(5), normal(4, 2)
     options = {"epochs": 1, "key": key, "progress": False}
