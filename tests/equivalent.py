@@ -95,7 +95,6 @@ EQUIVALENT: dict[str, list[str]] = {
         "SoftmaxCrossEntropy.labels: y.dtype.itemsize < 4 -> y.dtype.itemsize <= 4",
         "SoftmaxCrossEntropy.labels: y.dtype.itemsize < 4 -> y.dtype.itemsize < 3",
     ],
-    "all rows are of one size": ["SoftmaxCrossEntropy.labels: y[0] -> y[1]"],
     "a row of no places that count is 0 in the next line": [
         "SoftmaxCrossEntropy.labels: jnp.maximum(number, 1) -> number",
         "SoftmaxCrossEntropy.labels: jnp.maximum(number, 1) -> jnp.maximum(number, 0)",

@@ -111,7 +111,7 @@ NO_KILLERS = (
 """The tests that never are."""
 
 LIMIT = 120
-"""Seconds that the tests of one mutant may take: an endless one is killed too."""
+"""Seconds of a processor that one mutant may take: an endless one is killed too."""
 
 TURNED: dict[type, list[type]] = {
     ast.Gt: [ast.GtE, ast.Lt], ast.GtE: [ast.Gt, ast.LtE], ast.Lt: [ast.LtE, ast.Gt],
@@ -318,7 +318,7 @@ class Killer:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
     def pytest_runtestloop(self, session):
-        signal.signal(signal.SIGALRM, late)
+        signal.signal(signal.SIGVTALRM, late)
         for m in self.chosen:
             verdict = f"the same: {m.reason}" if m.reason else self.killer(m, session.items)
             self.survivors += not verdict
@@ -327,10 +327,10 @@ class Killer:
 
     def killer(self, mutant, items):
         """What fails with the mutant and passes without, or an empty string."""
-        signal.alarm(LIMIT)
+        signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT)
         with applied(mutant) as owner:
             failed = next((i for i in self.likely(mutant, owner, items) if fails(i)), None)
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         if failed is None:
             return ""
         if failed not in self.sound and fails(failed):
