@@ -75,7 +75,7 @@ def in_dtypes():
             yield pytest.param(case, dtype, marks=marks, id=f"{dtype}-{case.name}")
 
 
-@pytest.mark.parametrize(("case", "dtype"), in_dtypes())
+@pytest.mark.parametrize(("case", "dtype"), list(in_dtypes()))
 def test_agrees_with_autodiff_in_float64(case, dtype):
     deep = is_deep(case)
     truth = "both" if dtype == "float64" else "autodiff"  # which numbers have confirmed there
