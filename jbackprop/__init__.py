@@ -46,8 +46,6 @@ from jbackprop.gradient import as_function as as_function
 from jbackprop.gradient import backprop as backprop
 from jbackprop.gradient import deltas as deltas
 from jbackprop.gradient import gradient as gradient
-from jbackprop.gradient import predict as predict
-from jbackprop.gradient import value_and_grad as value_and_grad
 from jbackprop.layers import GRU as GRU
 from jbackprop.layers import LSTM as LSTM
 from jbackprop.layers import RNN as RNN
@@ -108,6 +106,8 @@ from jbackprop.losses import PoissonNLL as PoissonNLL
 from jbackprop.losses import SigmoidCrossEntropy as SigmoidCrossEntropy
 from jbackprop.losses import SoftmaxCrossEntropy as SoftmaxCrossEntropy
 from jbackprop.losses import SquaredError as SquaredError
+from jbackprop.objective import predict as predict
+from jbackprop.objective import value_and_grad as value_and_grad
 from jbackprop.observe import activations as activations
 from jbackprop.structure import trainable_mask as trainable_mask
 from jbackprop.summary import summary as summary

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import optax
 
 from jbackprop.compose import mlp
-from jbackprop.gradient import value_and_grad
 from jbackprop.layers import Gelu, Relu, Tanh
 from jbackprop.losses import SoftmaxCrossEntropy
+from jbackprop.objective import value_and_grad
 from jbackprop.sweep import Node
 from jbackprop.table import render
 

@@ -14,9 +14,10 @@ import optax
 from jbackprop import bench, check, datasets, diagnose, metrics
 from jbackprop.compose import mlp
 from jbackprop.diagnose.pictures import figure
-from jbackprop.gradient import backprop, predict
+from jbackprop.gradient import backprop
 from jbackprop.layers import Gelu
 from jbackprop.losses import SoftmaxCrossEntropy
+from jbackprop.objective import predict
 from jbackprop.summary import summary
 from jbackprop.table import render
 from jbackprop.train import Fit, evaluate, fit

@@ -77,6 +77,7 @@ KILLERS = {
     "layers/gain.py": ["embedding.*plain", "normalization.*(plain|half)"],
     "layers/joins.py": ["embedding.*(plain|tie|zeros|parts)"],
     "layers/parts.py": ["embedding.*plain"],
+    "layers/activations.py": ["edges.*gelu", "rules.*extreme.*OWNER"],
     "layers/pooling.py": ["convolution.*(pool|first|kink|nan|average)"],
     "layers/shapes.py": ["convolution.*(half|reshape)"],
     "layers/gru.py": ["recurrent.*(pytorch|reaches|first_state|half|transport|pieces|loop)"],

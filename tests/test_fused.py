@@ -13,7 +13,7 @@ from jax import lax
 from truth import assert_close, relative
 
 import jbackprop as jb
-from jbackprop.gradient import costs
+from jbackprop.objective import costs
 
 Fused = jb.FusedSoftmaxCrossEntropy
 V = 7

@@ -11,9 +11,9 @@ import jbackprop as jb
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jbackprop"
 ORDER = [
-    ["factored"], ["sweep"], ["structure"], ["layers"], ["compose"], ["losses"], ["gradient"], ["observe", "table"],
-    ["averages"], ["check"], ["diagnose", "metrics", "summary"], ["train"], ["catalogue", "datasets", "bench"], ["demo"],
-    ["cli"], ["__init__", "__main__"],
+    ["factored"], ["sweep"], ["structure"], ["layers"], ["compose"], ["losses"], ["gradient"],
+    ["objective", "observe", "table"], ["averages"], ["check"], ["diagnose", "metrics", "summary"],
+    ["train"], ["catalogue", "datasets", "bench"], ["demo"], ["cli"], ["__init__", "__main__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 RANK["losses"] = RANK["layers"]  # neither may know the other

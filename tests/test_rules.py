@@ -357,7 +357,8 @@ def test_slopes_against_finite_differences_of_numpy(layer):
 @named([c for c in LEAVES if isinstance(c.rule, jb.Elementwise | jb.Softmax)
         and not isinstance(c.rule, jb.Activation)])  # fmt: skip
 def test_extreme_net_inputs_give_finite_slopes(case, dtype):
-    x = jnp.asarray([[-1e4, -88.0, -20.0, 0.0, 20.0, 88.0, 1e4]], dtype)
+    most = float(jnp.finfo(dtype).max) / 2  # selu has a gain above 1
+    x = jnp.asarray([[-most, -1e4, -88.0, -20.0, 0.0, 20.0, 88.0, 1e4, most]], dtype)
     y, _ = jb.forward(case.rule, (), x)
     slope, _ = jb.backward(case.rule, (), jb.Trace(x, y, None), jnp.ones_like(y), sweep.keep)
     assert slope.dtype == x.dtype
@@ -440,8 +441,8 @@ def test_a_mutated_rule_is_found(wrong, key):
 @named(ELEMENTWISE)
 def test_slope_is_what_backward_multiplies_with(case):
     trace, delta = traced(case)
-    z = case.x if isinstance(case.rule, jb.Identity) else trace.x  # it reads neither
-    slope = case.rule.slope(z, trace.y)
+    a = case.x if isinstance(case.rule, jb.Identity) else trace.y  # it reads neither
+    slope = case.rule.slope(trace.x, a)
     assert slope.dtype == delta.dtype
     delta_x, _ = case.rule.backward((), trace, delta)
     np.testing.assert_array_equal(delta_x, delta * slope)

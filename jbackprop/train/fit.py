@@ -17,17 +17,14 @@ from jax import Array
 from jbackprop.averages import State, check_folds, fold_batch_norm, mean_averages
 from jbackprop.diagnose.nonfinite import first_nonfinite
 from jbackprop.factored import PyTree
-from jbackprop.gradient import costs, refuse_coupling, value_grad_outputs
 from jbackprop.losses import Loss
-from jbackprop.sweep import Node, forward
+from jbackprop.objective import costs, value_grad_outputs
+from jbackprop.sweep import Node
 from jbackprop.train.checks import check_batch_size, check_data
+from jbackprop.train.evaluation import Metric, evaluate, measure
 from jbackprop.train.progress import Progress
 
-Metric = Callable[[Any, Any], Array]
-"""(outputs, targets) -> one number for each example, (B,); see `jbackprop.metrics`."""
-
 _LOOK_EVERY = 200  # steps between two looks at the losses; a look waits for the device
-_EVALUATE_AT_ONCE = 4096  # examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,60 +393,5 @@ def _step(
     updates, opt_state = optax.with_extra_args_support(task.optimizer).update(
         grads, opt_state, params, value=value, grad=grads, value_fn=value_fn
     )
-    means = {"loss": value} | {k: jnp.mean(v) for k, v in _measure(task.metrics, outputs, y)}
+    means = {"loss": value} | {k: jnp.mean(v) for k, v in measure(task.metrics, outputs, y)}
     return optax.apply_updates(params, updates), opt_state, means
-
-
-def _measure(metrics: Any, outputs: Any, y: Any) -> Iterator[tuple[str, Array]]:
-    for name, metric in metrics:
-        values = metric(outputs, y)
-        if jnp.shape(values) != jax.tree.leaves(y)[0].shape[:1]:
-            raise ValueError(
-                f"metric {name!r} must give one number for each example, (B,), not the shape "
-                f"{jnp.shape(values)}; see jbackprop.metrics"
-            )
-        yield name, values
-
-
-def evaluate(
-    net: Node,
-    loss: Loss,
-    params: PyTree,
-    data: tuple[Any, Any],
-    metrics: Mapping[str, Metric] | None = None,
-) -> dict[str, float]:
-    """The mean cost, and the mean of each metric, over a data set.
-
-    Args:
-        net, loss, params: the network.
-        data: (x, y), with the examples along the first axis.
-        metrics: by name, functions (outputs, targets) -> (B,).
-
-    Returns:
-        {"loss": ..., name: ...}, means over the examples.
-
-    Raises:
-        ValueError, TypeError: data or parameters that do not fit; a layer that couples examples.
-    """
-    refuse_coupling(net, "a cost")
-    x, y = check_data("data", net, loss, params, data)
-    n = len(jax.tree.leaves(y)[0])
-    sums: dict[str, float] = {}
-    for start in range(0, n, _EVALUATE_AT_ONCE):
-        part = jax.tree.map(lambda leaf, s=start: leaf[s : s + _EVALUATE_AT_ONCE], (x, y))
-        for name, total in _evaluate(
-            net, loss, tuple((metrics or {}).items()), params, *part
-        ).items():
-            sums[name] = sums.get(name, 0.0) + float(total)
-    return {name: sums[name] / n for name in ("loss", *(metrics or {}))}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _evaluate(
-    net: Node, loss: Loss, metrics: Any, params: PyTree, x: Any, y: Any
-) -> dict[str, Array]:
-    if loss.fuses and not metrics:
-        return {"loss": jnp.sum(costs(net, loss, params, x, y))}
-    outputs, _ = forward(net, params, x)
-    sums = {"loss": jnp.sum(loss.value(outputs, y))}
-    return sums | {name: jnp.sum(values) for name, values in _measure(metrics, outputs, y)}
