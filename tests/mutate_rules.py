@@ -112,7 +112,7 @@ NO_KILLERS = (
 """The tests that never are."""
 
 LIMIT = 120
-"""Seconds of a processor that one mutant may take: an endless one is killed too."""
+"""Seconds of a processor that one test of a mutant may take: an endless one is killed too."""
 
 TURNED: dict[type, list[type]] = {
     ast.Gt: [ast.GtE, ast.Lt], ast.GtE: [ast.Gt, ast.LtE], ast.Lt: [ast.LtE, ast.Gt],
@@ -313,7 +313,7 @@ class Killer:
 
     def __init__(self, chosen):
         self.chosen, self.survivors = chosen, 0
-        self.kills, self.sound = Counter(), set()
+        self.kills, self.sound, self.useless = Counter(), set(), set()
 
     def pytest_collection(self):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -328,17 +328,19 @@ class Killer:
 
     def killer(self, mutant, items):
         """What fails with the mutant and passes without, or an empty string."""
-        signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT)
         with applied(mutant) as owner:
-            failed = next((i for i in self.likely(mutant, owner, items) if fails(i)), None)
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        if failed is None:
-            return ""
-        if failed not in self.sound and fails(failed):
-            raise RuntimeError(f"{failed.nodeid} fails without a mutant")
-        self.sound.add(failed)
-        self.kills.update([failed, (failed, mutant.rule)])
-        return f"killed by {failed.nodeid.removeprefix('tests/')}"
+            likely = self.likely(mutant, owner, items)
+        for item in likely:
+            signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT)
+            with applied(mutant):
+                failed = fails(item)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            if failed and item not in self.sound:  # some read programs, and here there are none
+                (self.useless if fails(item) else self.sound).add(item)
+            if failed and item in self.sound:
+                self.kills.update([item, (item, mutant.rule)])
+                return f"killed by {item.nodeid.removeprefix('tests/')}"
+        return ""
 
     def likely(self, mutant, owner, items):
         """The tests for a mutant, those first that killed others."""
@@ -348,6 +350,8 @@ class Killer:
             pattern = pattern.replace("OWNER", f"({owner})").replace("FILE", Path(mutant.file).stem)
             name = re.compile(f"test_{pattern}")
             found |= dict.fromkeys(i for i in items if name.search(i.nodeid))
+        for item in self.useless & found.keys():
+            del found[item]
         return sorted(found, key=lambda i: (-self.kills[i, mutant.rule], -self.kills[i]))
 
 
