@@ -239,7 +239,7 @@ def contestants(sizes: Sizes, names: Sequence[str] = KEPT) -> Sequence[Contestan
     found = ours(sizes)
     for name in names:
         kind, how = ARRANGEMENTS[name]
-        if how.chunks <= sizes.batch:
+        if max(how.chunks, how.pieces) <= sizes.batch:
             found.append(Contestant(name, blocks_alone(how, sizes), kind))
     found.sort(key=lambda p: p.kind != "plain")  # the reference first
     for checkpoint in (False, True):
@@ -262,7 +262,7 @@ def modellers(sizes: Sizes) -> Sequence[Contestant]:
     found = ours(sizes, whole=True)
     for name in KEPT:
         kind, how = ARRANGEMENTS[name]
-        if how.chunks <= sizes.batch:
+        if max(how.chunks, how.pieces) <= sizes.batch:
             found.append(Contestant(name, model(how, sizes), kind))
     return sorted(found, key=lambda p: p.kind != "plain")
 
