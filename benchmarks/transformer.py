@@ -211,21 +211,19 @@ def ours(sizes: Sizes, whole: bool = False) -> list[Contestant]:
     """
     D, H = sizes.width, sizes.heads
     loss = jb.SoftmaxCrossEntropy() if whole else jb.SquaredError()
-    nets: dict[str, Any] = {}
-    if whole:
-        nets["ours"] = jb.transformer(sizes.vocab, D, sizes.depth, H, sizes.length)
-    else:
-        nets["ours"] = jb.Repeat(jb.transformer_block(D, H), sizes.depth)
+    net: Any = jb.transformer(sizes.vocab, D, sizes.depth, H, sizes.length)
+    nets: dict[str, Any] = {"ours": net}
+    if not whole:
+        nets["ours"] = net.layers[2]  # the blocks, in the default arrangement
         attention = jb.Sequential(jb.LayerNorm(D), jb.multi_head_attention(D, H, causal=True))
         perceptron = jb.Sequential(
             jb.LayerNorm(D), jb.Dense(D, 4 * D), jb.Gelu(), jb.Dense(4 * D, D)
         )
         kept = jb.Sequential(jb.Skip(attention), jb.Skip(perceptron))
-        halves = jb.Sequential(
-            jb.Skip(jb.Checkpoint(attention)), jb.Skip(jb.Checkpoint(perceptron))
-        )
         nets["ours, everything kept"] = jb.Repeat(kept, sizes.depth)
-        nets["ours, checkpoint around halves"] = jb.Repeat(halves, sizes.depth)
+        for keep in (False, True):
+            name = f"ours, {'middles' if keep else 'inputs alone'} kept"
+            nets[name] = jb.Repeat(jb.transformer_block(D, H, keep_middle=keep), sizes.depth)
     found = []
     for name, net in nets.items():
         order, kind = Order(net), "ours" if name == "ours" else "variant"

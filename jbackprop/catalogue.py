@@ -224,7 +224,7 @@ LAYERS: tuple[tuple[Node, Inputs], ...] = (
     (Reversible(_gelu_dense, layers.Tanh()), (6,)),
     (Repeat(Reversible(layers.Dense(2, 2), _tanh_dense), 3), (4,)),
     (Sequential(layers.Dense(3, 2), Frozen(Sequential(layers.Tanh(), layers.Dense(2, 2)))), (3,)),
-    (transformer(5, 4, 2, heads=2, length=6, kv_heads=1, hidden=3), _ids),
+    (transformer(5, 4, 5, heads=2, length=6, kv_heads=1, hidden=3), _ids),
     (transformer(5, 4, 1, heads=2, length=6, hidden=3, rotary=True, tied=True), _ids),
     (cnn((5, 6, 1), (2, 3), 3, hidden=(4,), activation=layers.Tanh()), (5, 6, 1)),
     (resnet((4, 1), (2, 4), 1, 3, groups=2, activation=layers.Tanh()), (4, 1)),

@@ -11,6 +11,9 @@ from jbackprop.compose.tied import Tied
 from jbackprop.layers import Dense, Dropout, Embedding, Gelu, LayerNorm, Positions
 from jbackprop.sweep import Node
 
+FEW = 4
+"""As many blocks keep their middles too: little memory for so few, and a tenth less time."""
+
 
 def transformer_block(
     width: int,
@@ -22,12 +25,16 @@ def transformer_block(
     rotary: bool = False,
     activation: Node | None = None,
     dropout: float = 0.0,
-) -> Checkpoint:
+    keep_middle: bool = False,
+) -> Checkpoint | Sequential:
     """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     As lean as it can be. Inside a `Repeat` its input is all that is kept of it; on the way back one
     half at a time is done again, and in the second half the activation by itself once more, so that
     of the four arrays of (positions, hidden) that its rule could read two are there at a time.
+
+    With `keep_middle` the input of the second half is kept too, and attention done again once, not
+    twice. In stacks of few blocks that is the better bargain.
 
     Args:
         width: features of x (T, width).
@@ -36,6 +43,7 @@ def transformer_block(
         kv_heads, causal, rotary: as `multi_head_attention` takes them.
         activation: of the mlp; by default Gelu().
         dropout: rate behind the attention and behind the mlp.
+        keep_middle: whether x + attention(norm(x)) is kept.
 
     Source: Radford et al., Language models are unsupervised multitask learners (2019), section 2.3;
     Xiong et al., On layer normalization in the transformer architecture (2020), figure 1 (b).
@@ -52,7 +60,8 @@ def transformer_block(
         Dense(hidden, width),
         *drop,
     )
-    return Checkpoint(Sequential(Checkpoint(Skip(first)), Checkpoint(Skip(second))))
+    halves = Sequential(Checkpoint(Skip(first)), Checkpoint(Skip(second)))
+    return halves if keep_middle else Checkpoint(halves)
 
 
 def transformer(
@@ -76,7 +85,8 @@ def transformer(
     for `SoftmaxCrossEntropy` with targets (B, T): an example's cost is the mean over its positions.
     For a big vocabulary take `FusedSoftmaxCrossEntropy`: it never makes a (B, T, vocab) array.
 
-    Of every block the input is kept, and nothing else; see `transformer_block`.
+    Of every block the input is kept, and nothing else; where there are at most 4, their middles
+    too. See `transformer_block`.
 
     Args:
         vocab: how many tokens there are.
@@ -103,7 +113,7 @@ def transformer(
     """
     block = transformer_block(
         width, heads, hidden=hidden, kv_heads=kv_heads, causal=causal, rotary=rotary,
-        activation=activation, dropout=dropout,
+        activation=activation, dropout=dropout, keep_middle=depth <= FEW,
     )  # fmt: skip
     positions = () if rotary else (Positions(length, width),)
     embedding = Embedding(vocab, width)
