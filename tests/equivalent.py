@@ -1,6 +1,10 @@
 """Mutants that compute the same as the rule: why, and which."""
 
 EQUIVALENT: dict[str, list[str]] = {
+    "a product takes two dtypes and is wide: slower, and no less exact": [
+        "Attention.forward: e.astype(v.dtype) -> e",
+        "Attention.backward: wide if it.k.dtype == jnp.float16 else it.k.dtype -> wide",
+    ],
     "one example: JAX takes an index beyond it for the last": [
         "_Convolution.backward: geometry.back(x.shape[:-1]).correlate(delta[None], w)[0]"
         " -> geometry.back(x.shape[:-1]).correlate(delta[None], w)[1]",

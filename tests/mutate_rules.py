@@ -77,6 +77,7 @@ KILLERS = {
     "layers/gain.py": ["embedding.*plain", "normalization.*(plain|half)"],
     "layers/joins.py": ["embedding.*(plain|tie|zeros|parts)"],
     "layers/parts.py": ["embedding.*plain"],
+    "layers/attention.py": ["edges.*attention"],
     "layers/activations.py": ["edges.*gelu", "rules.*extreme.*OWNER"],
     "layers/pooling.py": ["convolution.*(pool|first|kink|nan|average)"],
     "layers/shapes.py": ["convolution.*(half|reshape)"],
@@ -96,6 +97,7 @@ KILLERS = {
     "compose/sequential.py": [NETWORK, GRADIENT],
     "sweep.py": [NETWORK, TRANSPORT, GRADIENT],
     "factored/patches.py": ["convolution.*(kernel|pytorchs|patches)"],
+    "factored/lookup.py": [r"rules.*question.*\[(Embedding|Tied)", "embedding"],
     "factored/": [
         "factored", r"rules.*question.*\[Dense\(6, 4\)", "gradient.*(steps|weight_is)", "FILE"
     ],

@@ -14,13 +14,14 @@ TOKENS = jnp.array([[0, 1, 4], [2, 2, 3], [1, 1, 1]])
 THERE = jnp.array([[True, True, False], [True, True, True], [True, False, False]])
 
 
+@pytest.mark.parametrize("mask", [(), (jnp.ones((1, 3), bool),)], ids=["", "masked"])
 @pytest.mark.parametrize("c", [1e2, 1e3, 1e4])
-def test_attention_with_large_scores(c):
+def test_attention_with_large_scores(c, mask):
     layer = jb.Attention(1)
     q = jnp.full((1, 3, 4), c, "float32")
-    v = jnp.arange(12, dtype="float32").reshape(1, 3, 4)
-    y, saved = jb.forward(layer, (), (q, q, v))
-    back = jb.backward(layer, (), layer.trace((q, q, v), y, saved), jnp.ones_like(y), sweep.total)
+    x = (q, q, jnp.arange(12, dtype="float32").reshape(1, 3, 4), *mask)
+    y, saved = jb.forward(layer, (), x)
+    back = jb.backward(layer, (), layer.trace(x, y, saved), jnp.ones_like(y), sweep.total)
     np.testing.assert_allclose(back[0][2], 1, rtol=1e-6)  # three times a third of it
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 from single import assert_rule, normal, random_like, torch_truth
-from truth import assert_close
+from truth import assert_close, each_grad
 
 import jbackprop as jb
 from jbackprop import sweep
+from jbackprop.factored import is_factored
 
 
 def several(*shapes):
@@ -63,6 +64,28 @@ CASES = [
 )
 def test_against_a_plain_formula(layer, plain, x):
     assert_rule(layer, plain, x)
+
+
+def test_embeddings_in_a_scanned_stack(key):
+    """Every copy adds rows of a table of its own to what the ids came with."""
+    add = jb.Sequential(jb.Parallel(jb.Embedding(5, 3), jb.Identity()), jb.Add(), jb.Tanh())
+    net = jb.Sequential(
+        jb.FanOut(jb.Identity(), jb.Embedding(5, 3)),
+        jb.Repeat(jb.FanOut(jb.Select(0), add), 4),
+        jb.Select(1),
+    )
+    loss, params, y = jb.SquaredError(), net.init(key), normal(4, 4, 3)
+    truth = jax.tree.leaves(each_grad(net, loss, params, IDS, y))
+    bp = jb.backprop(net, loss, params, IDS, y)
+    pairs = jax.tree.leaves(bp.factored, is_leaf=is_factored)
+    assert [type(pair) for pair in pairs] == [jb.Lookup, jb.Lookup]
+    weights = jnp.arange(4.0)
+    for pair, g in zip(pairs, truth, strict=True):
+        rows = g.reshape(4, -1)
+        assert_close(pair.each(), g)
+        assert_close(pair.total(weights), jnp.tensordot(weights, g, 1))
+        assert_close(pair.gram(pair), rows @ rows.T)
+        assert_close(pair.square_norm(), jnp.sum(rows**2, axis=1))
 
 
 def test_embedding_against_pytorch():
