@@ -1,9 +1,30 @@
 """Mutants that compute the same as the rule: why, and which."""
 
 EQUIVALENT: dict[str, list[str]] = {
+    "z and a have one shape and dtype, and here both are there": [
+        "Identity.slope: jnp.ones_like(a) -> jnp.ones_like(z)",
+    ],
+    "JAX does so by itself: it broadcasts indices, drops those out of range, and casts": [
+        "_scattered: jnp.broadcast_to(jnp.arange(groups)[:, None], ids.shape)"
+        " -> jnp.arange(groups)[:, None]",
+        "_scattered: table.at[group, ids].add(delta.astype(table.dtype), mode='drop')"
+        " -> table.at[group, ids].add(delta.astype(table.dtype))",
+        "_scattered: delta.astype(table.dtype) -> delta",
+    ],
+    "all copies have the same examples; and less than nothing is nothing": [
+        "Nothing.stacked: self.none[0] -> self.none[1]",
+        "Nothing.total: return jnp.zeros(self.home.stack + self.home.shape,"
+        " wide_dtype(self.home.dtype)) -> return -jnp.zeros(self.home.stack + self.home.shape,"
+        " wide_dtype(self.home.dtype))",
+        "Nothing.each: return jnp.zeros((self.none.shape[0], *total.shape), total.dtype)"
+        " -> return -jnp.zeros((self.none.shape[0], *total.shape), total.dtype)",
+    ],
     "a product takes two dtypes and is wide: slower, and no less exact": [
         "Attention.forward: e.astype(v.dtype) -> e",
         "Attention.backward: wide if it.k.dtype == jnp.float16 else it.k.dtype -> wide",
+        "Attention.backward: (p * g).astype(dtype) -> p * g",
+        "Attention.backward: _flat(q).astype(dtype) -> _flat(q)",
+        "Attention.backward: p.astype(k.dtype) -> p",
     ],
     "one example: JAX takes an index beyond it for the last": [
         "_Convolution.backward: geometry.back(x.shape[:-1]).correlate(delta[None], w)[0]"
@@ -152,6 +173,7 @@ EQUIVALENT: dict[str, list[str]] = {
         " -> mine == dataclasses.replace(other.home, path='')",
     ],
     "_same_form looks at the type": [
+        "Lookup.dot: isinstance(other, Lookup) and self._same_form(other) -> self._same_form(other)",
         "Outer.dot: isinstance(other, Outer) and self._same_form(other) -> self._same_form(other)",
         "Outer.gram: isinstance(other, Outer) and alone and self._same_form(other)"
         " -> alone and self._same_form(other)",
@@ -185,6 +207,8 @@ EQUIVALENT: dict[str, list[str]] = {
         "Outer.dot: einsum('ngti,ngti->ng', self.a, other.a) -> einsum('ngti,ngti->ng', other.a, self.a)",
         "Outer.dot: einsum('ngto,ngto->ng', self.delta, other.delta)"
         " -> einsum('ngto,ngto->ng', other.delta, self.delta)",
+        "Outer.dot: einsum('ngti,ngti->ng', m, n) -> einsum('ngti,ngti->ng', n, m)",
+        "Outer.dot: einsum('ngto,ngto->ng', e, h) -> einsum('ngto,ngto->ng', h, e)",
     ],
     "what carries the delta has the structure of params": [
         "_layer_backward: as_told(layer, params, rule(carry, trace, delta))"

@@ -97,6 +97,7 @@ KILLERS = {
     "compose/sequential.py": [NETWORK, GRADIENT],
     "sweep.py": [NETWORK, TRANSPORT, GRADIENT],
     "factored/patches.py": ["convolution.*(kernel|pytorchs|patches)"],
+    "factored/other.py": ["compose.*frozen", r"rules.*question.*\[(Frozen|Tied)"],
     "factored/lookup.py": [r"rules.*question.*\[(Embedding|Tied)", "embedding"],
     "factored/": [
         "factored", r"rules.*question.*\[Dense\(6, 4\)", "gradient.*(steps|weight_is)", "FILE"

@@ -71,7 +71,7 @@ def test_embeddings_in_a_scanned_stack(key):
     add = jb.Sequential(jb.Parallel(jb.Embedding(5, 3), jb.Identity()), jb.Add(), jb.Tanh())
     net = jb.Sequential(
         jb.FanOut(jb.Identity(), jb.Embedding(5, 3)),
-        jb.Repeat(jb.FanOut(jb.Select(0), add), 4),
+        jb.Repeat(jb.FanOut(jb.Select(0), add), 3),
         jb.Select(1),
     )
     loss, params, y = jb.SquaredError(), net.init(key), normal(4, 4, 3)

@@ -74,7 +74,6 @@ class Lookup(Factored):
             return super().dot(other)
         mine, theirs = self._merged(), other._merged()
         same = mine[0][:, :, :, None] == theirs[0][:, :, None, :]
-        same &= (mine[0] < self.rows)[..., None]
         products = jnp.einsum("ngto,ngso->ngts", mine[1], theirs[1])
         return jnp.sum(jnp.where(same, products, 0), axis=(1, 2, 3))
 
