@@ -25,6 +25,12 @@ EQUIVALENT: dict[str, list[str]] = {
         "Attention.backward: (p * g).astype(dtype) -> p * g",
         "Attention.backward: _flat(q).astype(dtype) -> _flat(q)",
         "Attention.backward: p.astype(k.dtype) -> p",
+        "Attention.backward: k[:, :, :end].astype(dtype) -> k[:, :, :end]",
+    ],
+    "how many queries are worked on at a time changes no number; all heads have as many keys": [
+        "Attention._over_blocks: self.block or (T if T <= WHOLE else PART)"
+        " -> T if T <= WHOLE else PART",
+        "Attention.backward: dv[0] -> dv[1]",
     ],
     "one example: JAX takes an index beyond it for the last": [
         "_Convolution.backward: geometry.back(x.shape[:-1]).correlate(delta[None], w)[0]"
