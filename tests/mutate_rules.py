@@ -98,7 +98,7 @@ KILLERS = {
     "sweep.py": [NETWORK, TRANSPORT, GRADIENT],
     "factored/patches.py": ["convolution.*(kernel|pytorchs|patches)"],
     "factored/other.py": ["compose.*frozen", r"rules.*question.*\[(Frozen|Tied)"],
-    "factored/shift.py": [r"rules.*question.*\[(Gain|LayerNorm|Positions)"],
+    "factored/shift.py": [r"rules.*question.*\[(Gain|LayerNorm|Positions|Repeat)"],
     "factored/lookup.py": [r"rules.*question.*\[(Embedding|Tied)", "embedding"],
     "factored/": [
         "factored", r"rules.*question.*\[Dense\(6, 4\)", "gradient.*(steps|weight_is)", "FILE"
