@@ -3,7 +3,7 @@
 The text is real and comes with every Python: the 460,000 characters of the help topics, in
 `pydoc_data.topics`. Windows of 64 characters go in, the same moved on by one are the targets, and
 the cost of a window is the mean over its characters of -log p(next character). Every block of the
-transformer keeps its input and nothing else; on the way back it is done again, by halves.
+transformer keeps the inputs of its two halves and little else; on the way back they are done again.
 
 Printed are the loss beside what a table of frequencies reaches, in bits for each character (the
 entropy of single characters, and of characters given the one before), the norm of the delta at

@@ -27,6 +27,18 @@ EQUIVALENT: dict[str, list[str]] = {
         "Attention.backward: p.astype(k.dtype) -> p",
         "Attention.backward: k[:, :, :end].astype(dtype) -> k[:, :, :end]",
     ],
+    "a layer that reads no y computes without one, and the y done again is the one that was": [
+        "Checkpoint.backward: trace.y if 'y' in self.layer.reads else y -> trace.y",
+        "Checkpoint.backward: trace.y if 'y' in self.layer.reads else y -> y",
+        "Checkpoint.backward: 'y' in self.layer.reads -> 'y' not in self.layer.reads",
+        "Checkpoint.backward: 'y' in self.layer.reads -> 'x' in self.layer.reads",
+        "Checkpoint.backward: trace.y if 'y' in self.layer.reads else y"
+        " -> trace.y if 'y' in self.layer.reads else x",
+    ],
+    "all steps have one shape, and of one step JAX takes the last; a wide edge is no less exact": [
+        "Recurrent.backward: h[0] -> h[1]",
+        "Recurrent.backward: h_0.astype(h.dtype) -> h_0",
+    ],
     "how many queries are worked on at a time changes no number; all heads have as many keys": [
         "Attention._over_blocks: self.block or (T if T <= WHOLE else PART)"
         " -> T if T <= WHOLE else PART",

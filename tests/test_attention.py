@@ -103,15 +103,15 @@ def sizes_in(text):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_no_array_of_all_scores_is_ever_whole(causal):
-    T = 67
-    x = tuple(normal(1, T, 2, seed=i) for i in range(3))
-
-    def largest(block):
+    def largest(block, T):
+        x = tuple(normal(1, T, 2, seed=i) for i in range(3))
         layer = jb.Attention(1, causal=causal, block=block)
         compiled = jax.jit(lambda x, d: gradients(layer, x, d)).lower(x, x[0]).compile()
         return max(sizes_in(compiled.as_text()))
 
-    assert largest(8) <= 8 * T < T * T <= largest(T)
+    T, long = 67, attention.WHOLE + 3
+    assert largest(8, T) <= 8 * T < T * T <= largest(T, T)
+    assert largest(None, long) <= attention.PART * long
 
 
 def test_what_is_kept_are_numbers_for_each_query_and_head():

@@ -161,6 +161,10 @@ TRANSPORTED = [
     jb.Repeat(jb.Reversible(HALF, jb.Dense(2, 2)), 3),
     jb.Skip(BLOCK, jb.Dense(4, 4)),
     jb.Sequential(jb.FanOut(BLOCK, jb.Dense(4, 4)), jb.Add()),
+    jb.Sequential(
+        jb.FanOut(jb.Identity(), jb.Dense(4, 4)), jb.Parallel(BLOCK, jb.Dense(4, 4)), jb.Add()
+    ),
+    jb.Sequential(jb.Dense(4, 4), jb.Frozen(BLOCK), jb.Checkpoint(jb.Dense(4, 4))),
 ]
 
 
@@ -190,6 +194,19 @@ def test_transport_carries_the_delta_and_nothing_else(net):
     assert_close(jb.gradient(bp, jnp.ones(5)), jax.grad(cost)(params))
     same = jb.backprop(net, LOSS, params, x, y, transport=params)
     assert relative(same.delta_x, bp.delta_x) > 0.1
+
+
+@pytest.mark.parametrize("net", TRANSPORTED, ids=repr)
+def test_every_layer_is_given_its_part_of_aux(net):
+    params, x, _ = problem(net)
+    y, saved = jb.forward(net, params, x)
+    aux, other = (jax.tree.map(lambda p, i=i: jnp.cos(7 * p + i), params) for i in range(2))
+
+    def collect(factored, delta, aux):
+        return jax.tree.map(lambda _, own: own, factored, aux, is_leaf=is_factored)
+
+    _, found = jb.backward(net, params, net.trace(x, y, saved), y, collect, other, aux)
+    assert_close(found, aux)
 
 
 def test_collect_runs_in_the_scan_and_aux_is_routed():
