@@ -92,7 +92,7 @@ KILLERS = {
     "losses/fused.py": [
         "fused.*(whatever|net_inputs)", "fused.*(weight_0|ignored|infinite|ends_in|narrow|rare)",
     ],
-    "compose/": [COMPOSITE, "FILE", "compose.*(transport|aux)", "embedding.*stack"],
+    "compose/": [COMPOSITE, "FILE", "compose.*(transport|aux|loop|recovers|keys)", "embedding.*stack"],
     "compose/tied.py": ["fused.*(tied|transport|two_ways)"],
     "compose/sequential.py": [NETWORK, GRADIENT],
     "sweep.py": [NETWORK, TRANSPORT, GRADIENT],

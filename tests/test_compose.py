@@ -125,6 +125,7 @@ WITH_KEYS = [
     jb.Sequential(jb.FanOut(DRAWING, DRAWING), jb.Parallel(jb.Dropout(0.5), jb.Tanh()), jb.Add()),
     jb.Reversible(HALF_DRAWING, HALF_DRAWING),
     jb.Repeat(jb.Reversible(HALF_DRAWING, jb.Dropout(0.5)), 3),
+    jb.Repeat(jb.Repeat(jb.Reversible(HALF_DRAWING, jb.Dropout(0.5)), 2), 2),
     jb.Frozen(DRAWING),
 ]
 

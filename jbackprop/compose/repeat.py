@@ -72,8 +72,9 @@ class Repeat(Composite):
 
     @functools.cached_property
     def reads(self) -> tuple[str, ...]:
-        first = ("x",) if self._every and self.n % self._every else ()
-        return first + (("y",) if self._reads_y else ())
+        if self._every is None:
+            return ("y",) if self._reads_y else ()
+        return ("x",) if self.n % self._every else ()
 
     @property
     def inverts(self) -> bool:  # type: ignore[override]
@@ -124,32 +125,27 @@ class Repeat(Composite):
         self._check(transport, "transport")
         self._check(aux, "aux")
         if every is None:
-            delta, _, found = self._back(self.n, trees, trace.saved, trace.y, delta, collect)
+            delta, found = self._back(self.n, trees, trace.saved, trace.y, delta, collect)
             return delta, _stacked(found)
         starts, key = trace.saved
         rest, whole = self._segments((trees, self._keys(key)), every)
 
-        def again(
-            n: int, trees: Any, keys: Any, x: Any, y: Any, delta: Any
-        ) -> tuple[Any, Any, Any]:
+        def again(n: int, trees: Any, keys: Any, x: Any, delta: Any) -> tuple[Any, Any]:
             """One segment: its forward sweep with traces, and its way back."""
-            last, kept = self._run(n, trees[0], x, keys, keep=True)
-            y = y if y is not None else last
-            delta, _, found = self._back(n, trees, kept, y, delta, collect)
-            return delta, (x if self._reads_y else None), found
+            y, kept = self._run(n, trees[0], x, keys, keep=True)
+            return self._back(n, trees, kept, y, delta, collect)
 
-        def segment(carry: Any, part: Any) -> tuple[Any, Any]:
+        def segment(delta: Any, part: Any) -> tuple[Any, Any]:
             (trees, keys), x = part
-            delta, y, found = again(every, trees, keys, x, carry[1], carry[0])
-            return (delta, y), found
+            return again(every, trees, keys, x, delta)
 
-        (delta, y), found = lax.scan(
-            segment, (delta, trace.y), (whole, starts), reverse=True, length=self.n // every
+        delta, found = lax.scan(
+            segment, delta, (whole, starts), reverse=True, length=self.n // every
         )
         found = jax.tree.map(lambda v: v.reshape(v.shape[0] * v.shape[1], *v.shape[2:]), found)
         if rest is not None:
             delta, x = lax.optimization_barrier((delta, trace.x))  # or nothing would be done again
-            delta, _, first = again(self.n % every, rest[0], rest[1], x, y, delta)
+            delta, first = again(self.n % every, rest[0], rest[1], x, delta)
             found = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, found)
         return delta, _stacked(found)
 
@@ -175,8 +171,8 @@ class Repeat(Composite):
 
     def _back(
         self, n: int, trees: Any, kept: Any, y: Any, delta: Any, collect: Collect
-    ) -> tuple[Any, Any, PyTree]:
-        """n copies back: dC/dx, x where outputs are read, and what was collected."""
+    ) -> tuple[Any, PyTree]:
+        """n copies back: dC/dx, and what was collected."""
 
         def body(carry: Any, copy: Any) -> tuple[Any, Any]:
             delta, y = carry
@@ -189,8 +185,8 @@ class Repeat(Composite):
             return (delta, x if self._reads_y else None), found
 
         y = y if self._reads_y else None
-        (delta, x), found = lax.scan(body, (delta, y), (trees, kept), n, reverse=True)
-        return delta, x, found
+        (delta, _), found = lax.scan(body, (delta, y), (trees, kept), n, reverse=True)
+        return delta, found
 
     def _keys(self, key: Array | None) -> Array | None:
         return jax.random.split(key, self.n) if key is not None and self.layer.draws else None
