@@ -31,6 +31,7 @@ from jbackprop.compose import resnet as resnet
 from jbackprop.compose import swiglu as swiglu
 from jbackprop.compose import transformer as transformer
 from jbackprop.compose import transformer_block as transformer_block
+from jbackprop.factored import Coupled as Coupled
 from jbackprop.factored import Factored as Factored
 from jbackprop.factored import Full as Full
 from jbackprop.factored import Lookup as Lookup

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jbackprop.factored import Factored, PyTree, is_factored, weighted
+from jbackprop.factored import Coupled, Factored, PyTree, is_factored, weighted
 from jbackprop.losses import Loss
 from jbackprop.structure import by_copy, rebuild, walk
 from jbackprop.sweep import Collect, Node, backward, batch_size, forward, total
@@ -36,7 +36,7 @@ class Backprop:
     """One mini-batch, swept forward and back. Every cost and every delta is one example's own.
 
     Where a layer couples the examples (`BatchNorm`), a delta before it is that of the summed costs,
-    and a pair is one example's share of their gradient: only the totals mean something.
+    and the pairs are `Coupled`: they have a total, and raise where one example's part is asked for.
 
     Attributes:
         losses: C_n, (B,), float32 at least.
@@ -106,6 +106,8 @@ def sweep(
 
     They are one number for all examples, or (B,).
     """
+    if net.couples_examples:
+        collect = _of_all(net, collect)
     outputs, saved = forward(net, params, x, key)
     losses, delta = loss.value_and_delta(outputs, y)
     shapes = jnp.shape(losses), jnp.shape(delta)
@@ -121,6 +123,19 @@ def sweep(
     trace = net.trace(x, outputs, saved)
     delta_x, collected = backward(net, params, trace, delta, collect, transport, aux)
     return Swept(losses, outputs, delta_x, collected)
+
+
+def _of_all(net: Node, collect: Collect) -> Collect:
+    """The same, of pairs that have no answer to questions about one example."""
+    why = _coupling(net, "the gradient of one of them")
+
+    def shares(factored: PyTree, delta: Any, aux: Any) -> PyTree:
+        coupled = jax.tree.map(
+            lambda pair: Coupled(pair, why, pair.place), factored, is_leaf=is_factored
+        )
+        return collect(coupled, delta, aux)
+
+    return shares
 
 
 def scaled(delta: Array, weights: Array | float | None) -> Array:
@@ -244,11 +259,15 @@ def coupling_layer(net: Node) -> str:
 def refuse_coupling(net: Node, what: str) -> None:
     """Raise where `what` would depend on which examples come together."""
     if net.couples_examples:
-        raise ValueError(
-            f"{coupling_layer(net)} couples the examples, so that {what} would depend on which of "
-            "them come together. Fix its statistics first: net, params = fold_batch_norm(net, "
-            "params, averages), with the .averages of a Fit, or batch_averages(net, params, x)"
-        )
+        raise ValueError(_coupling(net, what))
+
+
+def _coupling(net: Node, what: str) -> str:
+    return (
+        f"{coupling_layer(net)} couples the examples, so that {what} would depend on which of "
+        "them come together. Fix its statistics first: net, params = fold_batch_norm(net, "
+        "params, averages), with the .averages of a Fit, or batch_averages(net, params, x)"
+    )
 
 
 def check_weights(weights: Any, n: int) -> None:

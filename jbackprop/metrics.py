@@ -49,4 +49,4 @@ def _same(name: str, needed: tuple[int, ...], got: tuple[int, ...]) -> None:
 
 
 def _mean(values: Array) -> Array:
-    return jnp.mean(values.reshape(values.shape[0], -1).astype("float32"), axis=1)
+    return jnp.mean(values.astype("float32"), axis=tuple(range(1, values.ndim)))

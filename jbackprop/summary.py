@@ -50,7 +50,12 @@ def summary(net: Node, x_shape: tuple[int, ...] | None = None, *, x: Any = None)
     if x_shape is not None:
         x = jax.ShapeDtypeStruct((1, *x_shape), jnp.result_type(float))
     if x is not None:
-        outputs = jax.eval_shape(functools.partial(activations, net), params, x)
+        try:
+            outputs = jax.eval_shape(functools.partial(activations, net), params, x)
+        except TypeError as error:
+            if x_shape is not None:
+                error.add_note("x_shape stands for floating-point inputs; for tokens give x=tokens")
+            raise
     rows = []
     for path, layer, own in walk(net, params):
         named, _ = jax.tree_util.tree_flatten_with_path(own)

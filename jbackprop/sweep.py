@@ -161,6 +161,15 @@ class Composite(Node):
         """The same where every layer has parameters of its own, for looking at each of them."""
         return self, params
 
+    def check_layers(self, **parts: Any) -> None:
+        """Raise a TypeError where one of these, by their names, is no layer."""
+        for name, part in parts.items():
+            if not isinstance(part, Node):
+                hint = "; make an instance: add ()" if isinstance(part, type) else ""
+                raise TypeError(
+                    f"{type(self).__name__}: {name} is {part!r}, which is no layer{hint}"
+                )
+
     def children(self) -> dict[str, Node]:
         """The layers inside by name, in forward order."""
         found: dict[str, Node] = {}

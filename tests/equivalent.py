@@ -35,6 +35,16 @@ EQUIVALENT: dict[str, list[str]] = {
         "Checkpoint.backward: trace.y if 'y' in self.layer.reads else y"
         " -> trace.y if 'y' in self.layer.reads else x",
     ],
+    "JAX broadcasts a mask by itself": [
+        "_Heads.scores: jnp.broadcast_to(mask, may.shape) -> mask",
+        "_Heads.scores: jnp.broadcast_to(may[None, :, None], z.shape) -> may[None, :, None]",
+    ],
+    "it was checked before that all are as many": [
+        "Skip.backward: zip(self.children().items(), trace.saved, *trees, strict=True)"
+        " -> zip(self.children().items(), trace.saved, *trees)",
+        "Skip.backward: zip(self.children().items(), trace.saved, *trees, strict=True)"
+        " -> zip(self.children().items(), trace.saved, *trees, strict=False)",
+    ],
     "all steps have one shape, and of one step JAX takes the last; a wide edge is no less exact": [
         "Recurrent.backward: h[0] -> h[1]",
         "Recurrent.backward: h_0.astype(h.dtype) -> h_0",
@@ -42,6 +52,25 @@ EQUIVALENT: dict[str, list[str]] = {
     "how many queries are worked on at a time changes no number; all heads have as many keys": [
         "Attention._over_blocks: self.block or (T if T <= WHOLE else PART)"
         " -> T if T <= WHOLE else PART",
+        "Attention._over_blocks: T if T <= WHOLE else PART -> PART",
+        "Attention._over_blocks: T <= WHOLE -> T < WHOLE",
+        "Attention._over_blocks: GROUPS if self.causal else 1 -> GROUPS",
+        "Attention._over_blocks: GROUPS if self.causal else 1 -> 1",
+        "Attention._over_blocks: GROUPS if self.causal else 1 -> GROUPS if self.causal else 0",
+        "Attention._over_blocks: start + count * size if self.causal else S -> S",
+        "Attention._over_blocks: found and self.causal -> found or self.causal",
+        "Attention._over_blocks: found and self.causal -> found",
+        "Attention._over_blocks: found and self.causal -> self.causal",
+        "Attention._over_blocks: count == 1 -> count == 0",
+        "_runs: full // 2 -> full",
+        "_runs: full // 2 -> 2",
+        "_runs: full // 2 -> full // 1",
+        "_runs: b > a -> b >= a",
+        "_part: a if a.shape[axis] == size else lax.dynamic_slice_in_dim(a, at, size, axis)"
+        " -> lax.dynamic_slice_in_dim(a, at, size, axis)",
+        "_join: jnp.concatenate(a[::-1], axis) if a[1:] else a[0]"
+        " -> jnp.concatenate(a[::-1], axis)",
+        "_join: 1: -> 0:",
         "Attention.backward: dv[0] -> dv[1]",
     ],
     "one example: JAX takes an index beyond it for the last": [
@@ -243,8 +272,4 @@ EQUIVALENT: dict[str, list[str]] = {
         "Maximum.join: len(x) <= 256 -> len(x) <= 255",
     ],
     "the first is not larger than itself": ["Maximum.join: range(1, len(x)) -> range(0, len(x))"],
-    "what is scanned has the length": [
-        "Repeat.backward: lax.scan(segment, (delta, trace.y), (whole, starts), reverse=True, length=self.n // every)"
-        " -> lax.scan(segment, (delta, trace.y), (whole, starts), reverse=True)",
-    ],
 }

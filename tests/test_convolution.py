@@ -401,7 +401,7 @@ def test_ready_nets_pickle(net):
 
 
 def test_resnet_halves_the_size_from_stage_to_stage():
-    net = jb.resnet((8, 8, 3), (4, 8, 16), 1, 10)
+    net = jb.resnet((8, 8, 3), (4, 8, 16), np.int64(1), 10)
     params = jax.eval_shape(net.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, 8, 8, 3), float)
     shapes = [

@@ -10,6 +10,7 @@ import jbackprop as jb
 from jbackprop import sweep
 
 LOSS = jb.SquaredError()
+FUSED = jb.FusedSoftmaxCrossEntropy()
 TOKENS = jnp.array([[0, 1, 4], [2, 2, 3], [1, 1, 1]])
 THERE = jnp.array([[True, True, False], [True, True, True], [True, False, False]])
 
@@ -126,6 +127,18 @@ def test_an_empty_batch_with_places_to_ignore(key):
     labels = jnp.zeros(0, int)
     value, _ = jb.value_and_grad(net, loss)(net.init(key), jnp.ones((0, 3)), labels, jnp.ones(0))
     assert value == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)], ids=["no sequences", "of no tokens"])
+@pytest.mark.parametrize("loss", [jb.SquaredError(), jb.SoftmaxCrossEntropy(), jb.Huber(), FUSED])
+def test_nothing_with_positions_costs_nothing(loss, shape, key):
+    net, x = jb.Sequential(jb.Embedding(5, 4), jb.Dense(4, 5)), jnp.zeros(shape, int)
+    y = x if "CrossEntropy" in str(loss) else jnp.zeros((*shape, 5))
+    params, weights = net.init(key), jnp.ones(len(x))
+    found = jb.value_and_grad(net, loss)(params, x, y, weights)
+    assert jax.tree.all(jax.tree.map(lambda v: not np.any(v), found))
+    z, _ = jb.forward(net, params, x)
+    assert jb.metrics.accuracy(z, x).shape == weights.shape
 
 
 def test_a_linear_recurrent_net(key):

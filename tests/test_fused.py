@@ -200,6 +200,18 @@ def test_a_class_of_weight_0_is_not_there_even_if_its_net_input_is_infinite():
     assert_close(found, truth)
 
 
+def test_large_and_small_net_inputs_share_a_block():
+    """Were the maximum that of the block, the costs of the small ones would be infinite."""
+    x, y = jnp.asarray([[1.0, 1e4], [1.0, 0.0], [1.0, -1e4]]), labels(3)
+    params = {"w": normal(2, V).at[1].set(1.0), "b": jnp.zeros(V)}
+    head = jb.Dense(2, V)
+
+    def cost(p):
+        return jnp.mean(plain_costs(x @ p["w"] + p["b"][None], y))
+
+    assert_close(jb.value_and_grad(head, Fused())(params, x, y), jax.value_and_grad(cost)(params))
+
+
 def test_the_delta_of_a_rare_class_in_float16_does_not_underflow():
     h, w, y = (
         jnp.ones((2, 1), "float16"),

@@ -433,7 +433,8 @@ class Centre(jb.Layer):
 
 
 def test_coupled_examples_are_right_in_sum_and_refused_by_name_where_weights_make_no_sense(key):
-    net = jb.Sequential(jb.Dense(6, 4, bias=False), Centre(), jb.Tanh(), jb.Dense(4, 3))
+    twice = jb.Repeat(jb.Sequential(Centre(), jb.Dense(4, 4)), 2)
+    net = jb.Sequential(jb.Dense(6, 4, bias=False), Centre(), jb.Tanh(), twice, jb.Dense(4, 3))
     params = net.init(key)
     x, y = batch()
     w = jnp.linspace(0.5, 2, 7)
@@ -446,8 +447,19 @@ def test_coupled_examples_are_right_in_sum_and_refused_by_name_where_weights_mak
     assert_close(call(params, x, y, w), jax.value_and_grad(cost)(params, w), 1e-11)
     bp = jb.backprop(net, LOSS, params, x, y)
     assert_close(jb.gradient(bp), jax.grad(cost)(params, jnp.full(7, 1 / 7)), 1e-11)
-    with pytest.raises(ValueError, match=r"layers\[1\] \(Centre\(\)\) couples the examples"):
+    by_name = r"layers\[1\] \(Centre\(\)\) couples the examples"
+    with pytest.raises(ValueError, match=by_name):
         jb.gradient(bp, w)
+    pair = bp.factored[3][1]["w"]
+    assert (pair.home.path, pair.home.stack) == ("layers[3].layer.layers[1].w", (2,))
+    bare = pair.pair
+    for ask in (
+        pair.each, pair.square_norm, pair.second_moment, lambda: pair.total(w),
+        lambda: pair.dot(pair), lambda: bare.dot(pair), lambda: pair.gram(bare),
+        lambda: bare.gram(pair),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=by_name + ".*the gradient of one.*fold_batch_norm"):
+            ask()
 
 
 def test_token_ids_and_tuples_go_through(key):

@@ -131,6 +131,12 @@ def test_summary_of_tokens_and_tuples():
         jb.summary(jb.Dense(4, 4), (4,), x=jnp.ones((2, 4)))
 
 
+def test_summary_of_tokens_by_the_shape_of_one_says_what_to_give():
+    with pytest.raises(TypeError, match="integer ids") as caught:
+        jb.summary(jb.transformer(5, 4, 1, 2, 3), (3,))
+    assert any("give x=tokens" in note for note in caught.value.__notes__)
+
+
 def test_delta_norms_of_tuples():
     net = jb.LSTM(4, 3, states=True)
     params = net.init(jax.random.key(0))

@@ -33,9 +33,15 @@ class Checkpoint(Composite):
 
     Attributes:
         layer: a layer or a composite.
+
+    Raises:
+        TypeError: something that is no layer.
     """
 
     layer: Node
+
+    def __post_init__(self) -> None:
+        self.check_layers(layer=self.layer)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.layer})"

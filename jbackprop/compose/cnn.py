@@ -47,7 +47,7 @@ def cnn(
     """
     *size, width = check_shape("cnn", shape)
     stages = check_widths("cnn", "channels", channels)
-    act = check_activation("cnn", activation)
+    act = check_activation("cnn", activation, Relu())
     layers: list[Node] = []
     for l, wider in enumerate(stages):
         if min(size) < pool:
@@ -92,9 +92,9 @@ def check_widths(net: str, name: str, widths: Sequence[int], least: int = 1) -> 
     return sizes
 
 
-def check_activation(net: str, activation: Node | None) -> Node:
-    """The activation, Relu by default; raise where it is no layer."""
+def check_activation(net: str, activation: Node | None, default: Node) -> Node:
+    """The activation, or what it is by default; raise where it is no layer."""
     if activation is not None and not isinstance(activation, Node):
         hint = "; make an instance: add ()" if isinstance(activation, type) else ""
         raise TypeError(f"{net}: activation must be a layer, not {activation!r}{hint}")
-    return Relu() if activation is None else activation
+    return default if activation is None else activation

@@ -25,11 +25,17 @@ class Frozen(Composite):
 
     Attributes:
         layer: a layer or a composite.
+
+    Raises:
+        TypeError: something that is no layer.
     """
 
     layer: Node
 
     learns: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self.check_layers(layer=self.layer)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.layer})"

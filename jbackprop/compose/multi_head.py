@@ -57,13 +57,18 @@ def multi_head_attention(
 
     Raises:
         ValueError: sizes below 1; heads that do not divide width, or kv_heads that do not divide
-            heads.
+            heads; an odd number of features for each head with rotary.
 
     Source: Vaswani et al., Attention is all you need (2017), section 3.2.2.
     """
     sizes = _sizes("multi_head_attention", width, heads, kv_heads)
     layers: list[Node] = [Dense(width, sum(sizes), bias=bias), Split(*sizes)]
     if rotary:
+        if sizes[0] // heads % 2:
+            raise ValueError(
+                f"multi_head_attention: heads of {sizes[0] // heads} features cannot turn by their "
+                f"positions, which takes pairs; make the width a multiple of {2 * heads}"
+            )
         layers.append(Parallel(Rotary(heads), Rotary(kv_heads or heads), Identity()))
     if masked:
         layers = [FanOut(Sequential(Select(0), *layers), Select(1))]

@@ -48,6 +48,7 @@ class Repeat(Composite):
     Raises:
         ValueError: fewer than one copy, or k below 1; a layer that changes the shape or dtype;
             params with another number of copies.
+        TypeError: something that is no layer.
     """
 
     layer: Node
@@ -55,6 +56,7 @@ class Repeat(Composite):
     checkpoint_every: int | None = None
 
     def __post_init__(self) -> None:
+        self.check_layers(layer=self.layer)
         for name in ("n", "checkpoint_every"):
             size = getattr(self, name)
             if name == "n" or size is not None:
@@ -139,9 +141,7 @@ class Repeat(Composite):
             (trees, keys), x = part
             return again(every, trees, keys, x, delta)
 
-        delta, found = lax.scan(
-            segment, delta, (whole, starts), reverse=True, length=self.n // every
-        )
+        delta, found = lax.scan(segment, delta, (whole, starts), reverse=True)
         found = jax.tree.map(lambda v: v.reshape(v.shape[0] * v.shape[1], *v.shape[2:]), found)
         if rest is not None:
             delta, x = lax.optimization_barrier((delta, trace.x))  # or nothing would be done again

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from jbackprop.compose.cnn import check_activation, check_shape, check_widths
 from jbackprop.compose.sequential import Sequential
 from jbackprop.compose.skip import Skip
-from jbackprop.layers import Conv, Dense, GlobalAveragePool, GroupNorm
+from jbackprop.layers import Conv, Dense, GlobalAveragePool, GroupNorm, Relu
 from jbackprop.layers.convolution import he_normal
 from jbackprop.sweep import Node
 
@@ -53,7 +55,7 @@ def resnet(
     """
     *size, width = check_shape("resnet", shape)
     stages = check_widths("resnet", "channels", channels)
-    each = (blocks,) * len(stages) if isinstance(blocks, int) else blocks
+    each = (blocks,) * len(stages) if isinstance(blocks, int | np.integer) else blocks
     number = check_widths("resnet", "blocks", each)
     (most,) = check_widths("resnet", "groups", (groups,))
     if len(number) != len(stages):
@@ -61,7 +63,7 @@ def resnet(
             f"resnet: {len(stages)} stages (channels {stages}) but blocks for {len(number)}: give "
             "one number for all stages, or one for each"
         )
-    act = check_activation("resnet", activation)
+    act = check_activation("resnet", activation, Relu())
     axes = len(size)
 
     def norm(width: int) -> list[Node]:

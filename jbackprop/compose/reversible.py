@@ -44,6 +44,7 @@ class Reversible(Composite):
 
     Raises:
         ValueError: an odd number of features; f or g that do not keep the shape of a half.
+        TypeError: f or g that is no layer.
     """
 
     f: Node
@@ -51,6 +52,9 @@ class Reversible(Composite):
 
     reads: ClassVar[tuple[str, ...]] = ("y",)
     inverts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.check_layers(f=self.f, g=self.g)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.f}, {self.g})"

@@ -39,10 +39,16 @@ class Skip(Composite):
 
     Raises:
         ValueError: a branch that does not give the shape of what it is added to.
+        TypeError: a branch or a shortcut that is no layer.
     """
 
     branch: Node
     shortcut: Node | None = None
+
+    def __post_init__(self) -> None:
+        self.check_layers(branch=self.branch)
+        if self.shortcut is not None:
+            self.check_layers(shortcut=self.shortcut)
 
     def __repr__(self) -> str:
         other = "" if self.shortcut is None else f", {self.shortcut}"

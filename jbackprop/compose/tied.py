@@ -60,12 +60,13 @@ class Tied(Composite):
     Params: a tuple (the embedding's, the body's).
 
     Attributes:
-        embedding: an `Embedding` (or what wraps one): its first parameter is E, (vocab, width).
+        embedding: an `Embedding`, or another layer whose first parameter is E, (vocab, width). No
+            composite: `Frozen(Tied(...))` has it frozen.
         body: from (T, width) to (T, width).
 
     Raises:
         ValueError: a body that does not give vectors of the embedding's width.
-        TypeError: an embedding that is no layer.
+        TypeError: an embedding or a body that is no layer, or an embedding inside a composite.
     """
 
     embedding: Layer
@@ -73,9 +74,9 @@ class Tied(Composite):
 
     def __post_init__(self) -> None:
         if not isinstance(self.embedding, Layer):
-            raise TypeError(f"Tied needs an Embedding first, not {self.embedding!r}")
-        if not isinstance(self.body, Node):
-            raise TypeError(f"Tied: the body is {self.body!r}, which is no layer")
+            hint = "; wrap the Tied" if isinstance(self.embedding, Composite) else ""
+            raise TypeError(f"Tied needs an Embedding first, not {self.embedding!r}{hint}")
+        self.check_layers(body=self.body)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.embedding}, {self.body})"

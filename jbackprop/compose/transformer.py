@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jbackprop.compose.checkpoint import Checkpoint
+from jbackprop.compose.cnn import check_activation
 from jbackprop.compose.multi_head import multi_head_attention
 from jbackprop.compose.repeat import Repeat
 from jbackprop.compose.sequential import Sequential
@@ -45,11 +46,15 @@ def transformer_block(
         dropout: rate behind the attention and behind the mlp.
         keep_middle: whether x + attention(norm(x)) is kept.
 
+    Raises:
+        ValueError: sizes below 1, or heads that do not divide width.
+        TypeError: an activation that is no layer.
+
     Source: Radford et al., Language models are unsupervised multitask learners (2019), section 2.3;
     Xiong et al., On layer normalization in the transformer architecture (2020), figure 1 (b).
     """
     hidden = 4 * width if hidden is None else hidden
-    activation = Gelu() if activation is None else activation
+    activation = check_activation("transformer_block", activation, Gelu())
     drop = (Dropout(dropout),) if dropout else ()
     attention = multi_head_attention(width, heads, kv_heads=kv_heads, causal=causal, rotary=rotary)
     first = Sequential(LayerNorm(width), attention, *drop)
@@ -81,7 +86,7 @@ def transformer(
 ) -> Sequential | Tied:
     """A GPT-style language model: pre-norm blocks, scanned, between an embedding and a head.
 
-    Tokens (B, T) of integers below `vocab` in, T at most `length`; net inputs (B, T, vocab) out,
+    Tokens (B, T) of integers below `vocab` in; net inputs (B, T, vocab) out,
     for `SoftmaxCrossEntropy` with targets (B, T): an example's cost is the mean over its positions.
     For a big vocabulary take `FusedSoftmaxCrossEntropy`: it never makes a (B, T, vocab) array.
 
@@ -93,7 +98,7 @@ def transformer(
         width: features of every position.
         depth: the number of blocks.
         heads: heads of each attention; divides width.
-        length: the longest sequence that there is a position for.
+        length: the longest sequence that there is a position for; rotary ones have no limit.
         hidden: units of each block's mlp; by default 4 width.
         kv_heads: heads of keys and values, if fewer than heads.
         causal: whether a position attends to itself and those before it only.
@@ -109,13 +114,16 @@ def transformer(
         `Tied` of the first and of what is between.
 
     Raises:
-        ValueError: sizes below 1, or heads that do not divide width.
+        ValueError: sizes below 1, or heads that do not divide width. Where it runs: a sequence
+            longer than `length`.
+        TypeError: an activation that is no layer.
     """
+    learned = Positions(length, width)
     block = transformer_block(
         width, heads, hidden=hidden, kv_heads=kv_heads, causal=causal, rotary=rotary,
         activation=activation, dropout=dropout, keep_middle=depth <= FEW,
     )  # fmt: skip
-    positions = () if rotary else (Positions(length, width),)
+    positions = () if rotary else (learned,)
     embedding = Embedding(vocab, width)
     body = (*positions, Repeat(block, depth), LayerNorm(width))
     if tied:

@@ -30,12 +30,7 @@ class Variadic(Composite):
         object.__setattr__(self, "layers", layers)
         if not layers:
             raise ValueError(f"{name} needs at least one layer")
-        for i, layer in enumerate(layers):
-            if not isinstance(layer, Node):
-                raise TypeError(
-                    f"{name}: layers[{i}] is {layer!r}, which is no layer"
-                    + ("; make an instance: add ()" if isinstance(layer, type) else "")
-                )
+        self.check_layers(**{f"layers[{i}]": layer for i, layer in enumerate(layers)})
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.layers))})"

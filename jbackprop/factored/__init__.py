@@ -13,6 +13,7 @@ from jbackprop.factored.base import present as present
 from jbackprop.factored.base import weighted as weighted
 from jbackprop.factored.base import wide_dtype as wide_dtype
 from jbackprop.factored.lookup import Lookup as Lookup
+from jbackprop.factored.other import Coupled as Coupled
 from jbackprop.factored.other import Full as Full
 from jbackprop.factored.other import Nothing as Nothing
 from jbackprop.factored.other import Sum as Sum

@@ -1,4 +1,4 @@
-"""Sums of factored gradients, gradients written out, and none at all."""
+"""Sums of factored gradients, gradients written out, shares of sums, and none at all."""
 
 from __future__ import annotations
 
@@ -109,3 +109,32 @@ class Nothing(Factored):
     def each(self) -> Array:
         total = self.total()
         return jnp.zeros((self.none.shape[0], *total.shape), total.dtype)
+
+
+@kind("pair", meta=("why",))
+class Coupled(Factored):
+    """An example's share of the gradient of the summed costs: their sum has a meaning, it has none.
+
+    So are the gradients of a network with a layer that couples the examples, such as a batch norm.
+    `total()` is right; whatever is asked of single examples raises a ValueError.
+
+    Attributes:
+        pair: the shares.
+        why: what is said to whoever asks.
+    """
+
+    pair: Factored
+    why: str
+    place: Place | None = None
+
+    def stacked(self) -> Coupled:
+        depth = jax.tree.leaves(self.pair)[0].shape[0]
+        return Coupled(self.pair.stacked(), self.why, stacked_place(self.place, depth))
+
+    def total(self, weights: Array | None = None) -> Array:
+        if weights is not None:
+            raise ValueError(self.why)
+        return self.pair.total()
+
+    def each(self) -> Array:
+        raise ValueError(self.why)

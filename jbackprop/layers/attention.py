@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jbackprop.factored import PyTree, wide_dtype
-from jbackprop.layers.checks import check_floating, check_no_params, check_sizes, shown
+from jbackprop.layers.checks import (
+    check_flags,
+    check_floating,
+    check_no_params,
+    check_sizes,
+    shown,
+)
 from jbackprop.layers.elementwise import Weightless
 from jbackprop.sweep import Trace
 
@@ -93,7 +99,7 @@ class Attention(Weightless):
         ValueError: sizes below 1; kv_heads that does not divide heads; a scale that is no positive
             number; inputs that do not fit; as many queries as not keys, where causal.
         TypeError: queries, keys or values that are not floating-point numbers of one dtype; a mask
-            that is not bool.
+            that is not bool; a flag that is none.
     """
 
     heads: int
@@ -107,6 +113,7 @@ class Attention(Weightless):
     def __post_init__(self) -> None:
         given = (name for name in ("kv_heads", "block") if getattr(self, name) is not None)
         check_sizes(self, "heads", *given)
+        check_flags(self, "causal")
         if self.heads % (self.kv_heads or 1):
             raise ValueError(
                 f"Attention: {self.kv_heads} key and value heads cannot be shared by {self.heads} "

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jbackprop.factored import PyTree
 from jbackprop.sweep import Layer
@@ -32,6 +33,15 @@ def check_sizes(layer: Any, *names: str, least: int = 1) -> None:
             raise ValueError(
                 f"{type(layer).__name__}: {name} must be an int of at least {least}, not {size!r}"
             )
+
+
+def check_flags(layer: Any, *names: str) -> None:
+    """Raise unless each field named is True or False: text, for one, would count as True."""
+    for name in names:
+        flag = getattr(layer, name)
+        if not isinstance(flag, bool | np.bool_):
+            raise TypeError(f"{type(layer).__name__}: {name} must be True or False, not {flag!r}")
+        object.__setattr__(layer, name, bool(flag))
 
 
 def check_floating(layer: Layer, x: Any) -> None:

@@ -13,7 +13,13 @@ from jax.nn import initializers
 
 from jbackprop.factored import Geometry, Patches, PyTree, Shift
 from jbackprop.layers import windows
-from jbackprop.layers.checks import check_features, check_params, check_sizes, shown
+from jbackprop.layers.checks import (
+    check_features,
+    check_flags,
+    check_params,
+    check_sizes,
+    shown,
+)
 from jbackprop.layers.dense import Init, glorot_uniform
 from jbackprop.sweep import Layer, Trace
 
@@ -44,6 +50,7 @@ class _Convolution(Layer):
 
     def __post_init__(self) -> None:
         check_sizes(self, "c_in", "c_out", "groups")
+        check_flags(self, "bias")
         windows.check_window(self, "kernel")
         for name in ("stride", "dilation"):
             windows.check_steps(self, name, len(self.kernel))
@@ -165,7 +172,7 @@ class Conv(_Convolution):
     Raises:
         ValueError: sizes below 1, groups that do not divide, inputs or parameters of another shape,
             a kernel that does not fit into the input.
-        TypeError: inputs that are not floating-point numbers.
+        TypeError: inputs that are not floating-point numbers; a flag that is no bool.
     """
 
     def geometry(self, size: tuple[int, ...]) -> Geometry:
@@ -226,7 +233,7 @@ class ConvTranspose(_Convolution):
     Raises:
         ValueError: sizes below 1, groups that do not divide, inputs or parameters of another shape,
             more padding than there is output.
-        TypeError: inputs that are not floating-point numbers.
+        TypeError: inputs that are not floating-point numbers; a flag that is no bool.
     """
 
     def geometry(self, size: tuple[int, ...]) -> Geometry:

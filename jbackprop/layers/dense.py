@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.nn import initializers
 
 from jbackprop.factored import Outer, PyTree, Shift
-from jbackprop.layers.checks import check_floating
+from jbackprop.layers.checks import check_flags, check_floating
 from jbackprop.sweep import Beheaded, Layer, Trace
 
 Init = Callable[[Array, tuple[int, ...], Any], Array]
@@ -58,7 +58,7 @@ class Dense(Layer):
 
     Raises:
         ValueError: sizes below 1; inputs or parameters of another shape.
-        TypeError: inputs that are not floating-point numbers.
+        TypeError: inputs that are not floating-point numbers; a flag that is no bool.
     """
 
     p: int
@@ -76,6 +76,7 @@ class Dense(Layer):
                 object.__setattr__(self, name, operator.index(size))  # NumPy's integers too
             if not isinstance(getattr(self, name), int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"Dense({self.p}, {self.q}): {name} must be an int of at least 1")
+        check_flags(self, "bias")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.p}, {self.q}{'' if self.bias else ', bias=False'})"

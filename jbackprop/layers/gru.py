@@ -63,7 +63,7 @@ class GRU(Recurrent):
 
     Raises:
         ValueError: sizes below 1; inputs, states or parameters of another shape.
-        TypeError: inputs that are not floating-point.
+        TypeError: inputs that are not floating-point; a flag that is no bool.
     """
 
     gates: ClassVar[int] = 3

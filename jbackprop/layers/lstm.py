@@ -71,7 +71,7 @@ class LSTM(Recurrent):
 
     Raises:
         ValueError: sizes below 1; inputs, states or parameters of another shape.
-        TypeError: inputs that are not floating-point.
+        TypeError: inputs that are not floating-point; a flag that is no bool.
     """
 
     forget_bias: float = 1.0

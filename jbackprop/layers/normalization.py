@@ -57,7 +57,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jbackprop.factored import PyTree, wide_dtype
-from jbackprop.layers.checks import check_features, check_params, check_sizes, shown
+from jbackprop.layers.checks import (
+    check_features,
+    check_flags,
+    check_params,
+    check_sizes,
+    shown,
+)
 from jbackprop.layers.gain import rescaled, rescaled_back
 from jbackprop.sweep import Layer, Trace
 
@@ -91,6 +97,7 @@ class Normalization(Layer):
 
     def __post_init__(self) -> None:
         check_sizes(self, *self.sizes)
+        check_flags(self, "scale", "shift")
         if not hasattr(self.epsilon, "__float__") or not 0 <= self.epsilon < math.inf:
             raise ValueError(
                 f"{type(self).__name__}: epsilon must be a number of at least 0, such as 1e-5, "
@@ -159,7 +166,7 @@ class LayerNorm(Normalization):
 
     Raises:
         ValueError: a size below 1; a negative epsilon; inputs or parameters of another shape.
-        TypeError: inputs that are not floating-point numbers.
+        TypeError: inputs that are not floating-point numbers; a flag that is no bool.
     """
 
     features: int
@@ -196,7 +203,7 @@ class RMSNorm(Normalization):
 
     Raises:
         ValueError: a size below 1; a negative epsilon; inputs or parameters of another shape.
-        TypeError: inputs that are not floating-point numbers.
+        TypeError: inputs that are not floating-point numbers; a flag that is no bool.
     """
 
     features: int
@@ -242,7 +249,7 @@ class GroupNorm(Normalization):
     Raises:
         ValueError: a size below 1; groups that do not divide the channels; a negative epsilon;
             inputs or parameters of another shape.
-        TypeError: inputs that are not floating-point numbers.
+        TypeError: inputs that are not floating-point numbers; a flag that is no bool.
     """
 
     groups: int
@@ -296,7 +303,7 @@ class InstanceNorm(Normalization):
     Raises:
         ValueError: a size below 1; a negative epsilon; inputs without positions; inputs or
             parameters of another shape.
-        TypeError: inputs that are not floating-point numbers.
+        TypeError: inputs that are not floating-point numbers; a flag that is no bool.
     """
 
     channels: int

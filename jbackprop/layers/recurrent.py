@@ -36,7 +36,13 @@ from jax.nn import initializers
 
 from jbackprop.factored import Outer, PyTree, Shift, wide_dtype
 from jbackprop.layers.activations import Tanh
-from jbackprop.layers.checks import check_features, check_params, check_sizes, shown
+from jbackprop.layers.checks import (
+    check_features,
+    check_flags,
+    check_params,
+    check_sizes,
+    shown,
+)
 from jbackprop.layers.dense import Init, glorot_uniform
 from jbackprop.layers.elementwise import Elementwise
 from jbackprop.sweep import Layer, Trace
@@ -90,6 +96,7 @@ class Recurrent(Layer):
 
     def __post_init__(self) -> None:
         check_sizes(self, "p", "q")
+        check_flags(self, "reverse", "states")
         if self.truncate is not None:
             check_sizes(self, "truncate")
 
@@ -300,7 +307,8 @@ class RNN(Recurrent):
 
     Raises:
         ValueError: sizes below 1; inputs, states or parameters of another shape.
-        TypeError: an activation that is not elementwise; inputs that are not floating-point.
+        TypeError: an activation that is not elementwise; inputs that are not floating-point; a
+            flag that is no bool.
     """
 
     activation: Elementwise = _TANH

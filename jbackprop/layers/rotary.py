@@ -10,7 +10,13 @@ import numpy as np
 from jax import Array
 
 from jbackprop.factored import PyTree, wide_dtype
-from jbackprop.layers.checks import check_features, check_no_params, check_sizes, shown
+from jbackprop.layers.checks import (
+    check_features,
+    check_flags,
+    check_no_params,
+    check_sizes,
+    shown,
+)
 from jbackprop.layers.elementwise import Weightless
 from jbackprop.sweep import Trace
 
@@ -50,7 +56,7 @@ class Rotary(Weightless):
     Raises:
         ValueError: heads below 1; a base that is no positive number; inputs of other than two axes,
             or whose heads have not an even number of features.
-        TypeError: inputs that are not floating-point numbers.
+        TypeError: inputs that are not floating-point numbers; a flag that is no bool.
     """
 
     heads: int
@@ -59,6 +65,7 @@ class Rotary(Weightless):
 
     def __post_init__(self) -> None:
         check_sizes(self, "heads")
+        check_flags(self, "interleaved")
         if not hasattr(self.base, "__float__") or not 0 < self.base < float("inf"):
             raise ValueError(f"Rotary: base must be a positive number, not {self.base!r}")
         object.__setattr__(self, "base", float(self.base))

@@ -53,7 +53,7 @@ def check_padding(layer: Any, axes: int, explicit: bool = True) -> None:
     value = getattr(layer, "padding")  # noqa: B009, a layer has it, a type does not say so
     if isinstance(value, str):
         value = value.upper() if value.upper() in ("SAME", "VALID") else None
-    elif not explicit:
+    elif not explicit or isinstance(value, bool):
         value = None
     elif hasattr(value, "__index__"):
         value = ((operator.index(value),) * 2,) * axes

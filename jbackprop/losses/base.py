@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -88,8 +89,9 @@ def positions(z: Array) -> int:
 
 
 def mean_over_positions(cost: Array) -> Array:
-    """(B, ...) -> (B,)."""
-    return jnp.mean(cost.reshape(cost.shape[0], -1), axis=1) if cost.ndim > 1 else cost
+    """(B, ...) -> (B,); 0 where an example has no positions."""
+    axes = tuple(range(1, cost.ndim))
+    return jnp.sum(cost, axis=axes) / max(math.prod(cost.shape[1:]), 1) if axes else cost
 
 
 def check_same_shape(loss: Loss, z_shape: tuple[int, ...], y: Any) -> None:

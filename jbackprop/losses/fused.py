@@ -78,8 +78,9 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.logit_cap is not None and not 0 < self.logit_cap < math.inf:
-            raise ValueError(f"logit_cap must be positive and finite, not {self.logit_cap}")
+        cap = self.logit_cap
+        if cap is not None and not (hasattr(cap, "__float__") and 0 < cap < math.inf):
+            raise ValueError(f"logit_cap must be positive and finite, or None, not {cap!r}")
         for name in ("block", "vocab_block"):
             size = getattr(self, name)
             if size is None:
