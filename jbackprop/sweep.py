@@ -285,7 +285,9 @@ def backward(
         params: its parameters.
         trace: `Trace(x, y, saved)` of the forward sweep.
         delta: dC/dy of every example's own cost, (B, ...); linear in it.
-        collect: gets every layer's factored gradients; see `Collect`, `keep` and `total`.
+        collect: gets every layer's factored gradients; see `Collect`, `keep` and `total`. Where a
+            layer of the network couples the examples, only their totals mean something (`backprop`
+            makes them `Coupled`, which say so).
         transport: a tree like params that carries the deltas in the place of the true weights;
             None (also for a part of it) means the true ones. Fixed random weights here are
             feedback alignment (Lillicrap et al., 2016).
