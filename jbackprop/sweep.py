@@ -161,15 +161,6 @@ class Composite(Node):
         """The same where every layer has parameters of its own, for looking at each of them."""
         return self, params
 
-    def check_layers(self, **parts: Any) -> None:
-        """Raise a TypeError where one of these, by their names, is no layer."""
-        for name, part in parts.items():
-            if not isinstance(part, Node):
-                hint = "; make an instance: add ()" if isinstance(part, type) else ""
-                raise TypeError(
-                    f"{type(self).__name__}: {name} is {part!r}, which is no layer{hint}"
-                )
-
     def children(self) -> dict[str, Node]:
         """The layers inside by name, in forward order."""
         found: dict[str, Node] = {}
@@ -286,8 +277,7 @@ def backward(
         trace: `Trace(x, y, saved)` of the forward sweep.
         delta: dC/dy of every example's own cost, (B, ...); linear in it.
         collect: gets every layer's factored gradients; see `Collect`, `keep` and `total`. Where a
-            layer of the network couples the examples, only their totals mean something (`backprop`
-            makes them `Coupled`, which say so).
+            layer couples the examples only totals mean something (`backprop` gives `Coupled`).
         transport: a tree like params that carries the deltas in the place of the true weights;
             None (also for a part of it) means the true ones. Fixed random weights here are
             feedback alignment (Lillicrap et al., 2016).

@@ -11,6 +11,7 @@ import pytest
 
 import jbackprop as jb
 from jbackprop import catalogue, check, cli, datasets
+from jbackprop.cli.output import print_json
 
 pytestmark = pytest.mark.newest
 
@@ -139,7 +140,7 @@ def test_two_targets_are_standardised_each_by_itself(tmp_path):
 
 
 def test_json_has_no_infinity(capsys):
-    cli._print_json({"a": [1.0, float("inf")], "b": float("nan")})
+    print_json({"a": [1.0, float("inf")], "b": float("nan")})
     assert json.loads(capsys.readouterr().out) == {"a": [1.0, None], "b": None}
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.compose.checks import check_layers
 from jbackprop.factored import PyTree
 from jbackprop.sweep import Collect, Composite, Node, Trace, backward, forward, inside
 
@@ -41,7 +42,7 @@ class Checkpoint(Composite):
     layer: Node
 
     def __post_init__(self) -> None:
-        self.check_layers(layer=self.layer)
+        check_layers(self, layer=self.layer)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.layer})"

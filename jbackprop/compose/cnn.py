@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
+from jbackprop.compose.checks import check_activation
 from jbackprop.compose.sequential import Sequential
 from jbackprop.layers import Conv, Dense, Flatten, MaxPool, Relu
 from jbackprop.layers.convolution import he_normal
@@ -90,11 +91,3 @@ def check_widths(net: str, name: str, widths: Sequence[int], least: int = 1) -> 
     if len(sizes) < least or any(n < 1 for n in sizes):
         raise ValueError(f"{net}: {name} must be {least} or more sizes of at least 1, not {sizes}")
     return sizes
-
-
-def check_activation(net: str, activation: Node | None, default: Node) -> Node:
-    """The activation, or what it is by default; raise where it is no layer."""
-    if activation is not None and not isinstance(activation, Node):
-        hint = "; make an instance: add ()" if isinstance(activation, type) else ""
-        raise TypeError(f"{net}: activation must be a layer, not {activation!r}{hint}")
-    return default if activation is None else activation

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.compose.checks import check_layers
 from jbackprop.factored import Nothing, PyTree, is_factored
 from jbackprop.sweep import Beheaded, Collect, Composite, Node, Trace, backward, forward, inside
 
@@ -35,7 +36,7 @@ class Frozen(Composite):
     learns: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        self.check_layers(layer=self.layer)
+        check_layers(self, layer=self.layer)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.layer})"

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.compose.checks import check_layers
 from jbackprop.factored import PyTree, is_factored
+from jbackprop.layers.checks import check_sizes
 from jbackprop.sweep import Collect, Composite, Node, Trace, backward, forward, inside
 
 
@@ -56,13 +58,8 @@ class Repeat(Composite):
     checkpoint_every: int | None = None
 
     def __post_init__(self) -> None:
-        self.check_layers(layer=self.layer)
-        for name in ("n", "checkpoint_every"):
-            size = getattr(self, name)
-            if name == "n" or size is not None:
-                if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
-                    raise ValueError(f"Repeat: {name} must be an int of at least 1, not {size}")
-                object.__setattr__(self, name, size.__index__())
+        check_layers(self, layer=self.layer)
+        check_sizes(self, "n", *["checkpoint_every"] * (self.checkpoint_every is not None))
 
     def __repr__(self) -> str:
         every = f", checkpoint_every={self.checkpoint_every}" if self.checkpoint_every else ""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.compose.checks import check_layers
 from jbackprop.factored import PyTree
 from jbackprop.sweep import Collect, Composite, Node, Trace, backward, forward, inside, keys_for
 
@@ -54,7 +55,7 @@ class Reversible(Composite):
     inverts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.check_layers(f=self.f, g=self.g)
+        check_layers(self, f=self.f, g=self.g)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.f}, {self.g})"

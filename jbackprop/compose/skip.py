@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.compose.checks import check_layers
 from jbackprop.factored import PyTree
 from jbackprop.sweep import Collect, Composite, Node, Trace, backward, forward, inside, keys_for
 
@@ -46,9 +47,9 @@ class Skip(Composite):
     shortcut: Node | None = None
 
     def __post_init__(self) -> None:
-        self.check_layers(branch=self.branch)
+        check_layers(self, branch=self.branch)
         if self.shortcut is not None:
-            self.check_layers(shortcut=self.shortcut)
+            check_layers(self, shortcut=self.shortcut)
 
     def __repr__(self) -> str:
         other = "" if self.shortcut is None else f", {self.shortcut}"

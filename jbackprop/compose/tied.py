@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.compose.checks import check_layers
 from jbackprop.compose.sequential import Sequential
 from jbackprop.factored import Outer, PyTree, Sum, is_factored
 from jbackprop.layers.checks import check_floating
@@ -76,7 +77,7 @@ class Tied(Composite):
         if not isinstance(self.embedding, Layer):
             hint = "; wrap the Tied" if isinstance(self.embedding, Composite) else ""
             raise TypeError(f"Tied needs an Embedding first, not {self.embedding!r}{hint}")
-        self.check_layers(body=self.body)
+        check_layers(self, body=self.body)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.embedding}, {self.body})"

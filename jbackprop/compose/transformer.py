@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jbackprop.compose.checkpoint import Checkpoint
-from jbackprop.compose.cnn import check_activation
+from jbackprop.compose.checks import check_activation
 from jbackprop.compose.multi_head import multi_head_attention
 from jbackprop.compose.repeat import Repeat
 from jbackprop.compose.sequential import Sequential
@@ -86,9 +86,9 @@ def transformer(
 ) -> Sequential | Tied:
     """A GPT-style language model: pre-norm blocks, scanned, between an embedding and a head.
 
-    Tokens (B, T) of integers below `vocab` in; net inputs (B, T, vocab) out,
-    for `SoftmaxCrossEntropy` with targets (B, T): an example's cost is the mean over its positions.
-    For a big vocabulary take `FusedSoftmaxCrossEntropy`: it never makes a (B, T, vocab) array.
+    Tokens (B, T) of integers below `vocab` in; net inputs (B, T, vocab) out, for
+    `SoftmaxCrossEntropy` with targets (B, T): an example's cost is the mean over its positions. For
+    a big vocabulary take `FusedSoftmaxCrossEntropy`: it never makes a (B, T, vocab) array.
 
     Of every block the input is kept, and nothing else; where there are at most 4, their middles
     too. See `transformer_block`.
@@ -118,7 +118,7 @@ def transformer(
             longer than `length`.
         TypeError: an activation that is no layer.
     """
-    learned = Positions(length, width)
+    learned = Positions(length, width)  # also where they are left out: it checks the sizes
     block = transformer_block(
         width, heads, hidden=hidden, kv_heads=kv_heads, causal=causal, rotary=rotary,
         activation=activation, dropout=dropout, keep_middle=depth <= FEW,

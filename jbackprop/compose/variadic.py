@@ -8,6 +8,7 @@ from typing import Any, Self
 import jax
 from jax import Array
 
+from jbackprop.compose.checks import check_layers
 from jbackprop.factored import PyTree
 from jbackprop.sweep import Composite, Node
 
@@ -30,7 +31,7 @@ class Variadic(Composite):
         object.__setattr__(self, "layers", layers)
         if not layers:
             raise ValueError(f"{name} needs at least one layer")
-        self.check_layers(**{f"layers[{i}]": layer for i, layer in enumerate(layers)})
+        check_layers(self, **{f"layers[{i}]": layer for i, layer in enumerate(layers)})
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.layers))})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from jax import Array, lax
 from jax.nn import initializers
 
 from jbackprop.factored import Outer, PyTree, Shift
-from jbackprop.layers.checks import check_flags, check_floating
+from jbackprop.layers.checks import check_flags, check_floating, check_sizes
 from jbackprop.sweep import Beheaded, Layer, Trace
 
 Init = Callable[[Array, tuple[int, ...], Any], Array]
@@ -70,12 +69,7 @@ class Dense(Layer):
     reads = ("x",)
 
     def __post_init__(self) -> None:
-        for name in ("p", "q"):
-            size = getattr(self, name)
-            if hasattr(size, "__index__") and not isinstance(size, bool):
-                object.__setattr__(self, name, operator.index(size))  # NumPy's integers too
-            if not isinstance(getattr(self, name), int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"Dense({self.p}, {self.q}): {name} must be an int of at least 1")
+        check_sizes(self, "p", "q")
         check_flags(self, "bias")
 
     def __repr__(self) -> str:

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import dataclasses
-import importlib.util
 import json
-import math
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import jbackprop
-from jbackprop import bench, catalogue, check, datasets, layers, losses, metrics
+from jbackprop import bench, datasets, layers, losses, metrics
+from jbackprop.cli.check import run_check
+from jbackprop.cli.output import matching, print_json
 from jbackprop.compose import mlp
 from jbackprop.structure import walk
 from jbackprop.summary import summary
@@ -166,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a function without arguments that returns a Report of jb.check, or a list of them",
     )  # fmt: skip
     checks.add_argument("--only", metavar="TEXT", default="", help="rules whose name contains TEXT")
-    checks.set_defaults(run=_check)
+    checks.set_defaults(run=run_check)
 
     benches = commands.add_parser(
         "bench",
@@ -213,19 +210,6 @@ def _shares(text: str) -> tuple[float, ...]:
     return values
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(_finite(value), indent=2, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for what JSON has no word for: NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _say(args: argparse.Namespace) -> Callable[..., None]:
     """print, or with --json nothing: standard output is then for the program that reads it."""
     return (lambda *_, **__: None) if args.json else print
@@ -236,7 +220,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     found = demo.run(args.epochs, args.seed, args.output, _say(args), args.quick)
     if args.json:
-        _print_json(found)
+        print_json(found)
     return 0 if found["ok"] else 1
 
 
@@ -316,7 +300,7 @@ def _train(args: argparse.Namespace) -> int:
         np.savez(args.save, config=np.array(json.dumps(config)), **arrays)
         say(f"\nsaved in {args.save}")
     if args.json:
-        _print_json(
+        print_json(
             found
             | {"epochs": len(learnt.history["loss"]), "stopped": learnt.stopped,
                "best_epoch": learnt.best_epoch, "seconds": seconds, "history": learnt.history}
@@ -352,97 +336,9 @@ def _metrics(loss: losses.Loss, scale: np.ndarray) -> dict[str, Any]:
     return {"absolute_error": lambda z, y: metrics.absolute_error(z * scale, y * scale)}
 
 
-def _matching(only: str, names: Sequence[str], what: str) -> list[int]:
-    chosen = [i for i, name in enumerate(names) if only.lower() in name.lower()]
-    if not chosen:
-        raise ValueError(f"--only {only}: no {what} contains that; there are {'; '.join(names)}")
-    return chosen
-
-
-def _check(args: argparse.Namespace) -> int:
-    return _check_rules(args) if args.target is None else _check_target(args)
-
-
-def _check_target(args: argparse.Namespace) -> int:
-    """Run one check: a function that returns a report, or several."""
-    module, _, name = args.target.rpartition(":")
-    if not module or not name:
-        raise ValueError(f"{args.target}: give module:function, or file.py:function")
-    if args.only:
-        raise ValueError("--only chooses among the rules of the library: leave it out")
-    found = _module(module)
-    if not hasattr(found, name):
-        raise ValueError(f"there is no {name} in {module}")
-    run = getattr(found, name)
-    try:
-        result = run() if callable(run) else run
-    except AssertionError as error:  # of an asserting twin
-        print(error, file=sys.stderr)
-        return 1
-    reports = list(result) if isinstance(result, list | tuple) else [result]
-    if not reports or not all(isinstance(report, check.Report) for report in reports):
-        raise TypeError(
-            f"{args.target} must return a Report of jb.check, or a list of them, not {result!r}; "
-            "the asserting twins return nothing: call the check itself"
-        )
-    if args.json:
-        shown = [report.as_dict() for report in reports]
-        _print_json({"ok": all(report.ok for report in reports), "reports": shown})
-    else:
-        print("\n\n".join(map(str, reports)))
-    return 0 if all(report.ok for report in reports) else 1
-
-
-def _module(name: str) -> ModuleType:
-    is_file = name.endswith(".py")
-    sys.path.insert(0, str(Path(name).resolve().parent if is_file else Path.cwd()))  # as python has
-    if not is_file:
-        return importlib.import_module(name)
-    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@contextlib.contextmanager
-def _compiled_quickly() -> Iterator[None]:
-    """Nearly all of the time is XLA's, and what it compiles here runs once."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, True)
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)
-
-
-@_compiled_quickly()
-def _check_rules(args: argparse.Namespace) -> int:
-    cases = catalogue.cases()
-    rows, found = [], []
-    chosen = _matching(args.only, [case.name for case in cases], "rule")
-    for i in tqdm(chosen, unit="rule", leave=False, disable=args.json or not sys.stderr.isatty()):
-        case = cases[i]  # in float64 the truth is confirmed by numbers, which serves both
-        verdicts = {"float64": case.check("float64"), "float32": case.check("float32", "autodiff")}
-        ok = all(verdict.ok for verdict in verdicts.values())
-        worst = {dtype: verdict.worst_error for dtype, verdict in verdicts.items()}
-        found.append({"rule": case.name, "ok": ok, "worst_relative_error": worst})
-        rows.append((case.name, *(f"{e:.1e}" for e in worst.values()), "right" if ok else "WRONG"))
-    wrong = sum(not row["ok"] for row in found)
-    if args.json:
-        _print_json({"ok": not wrong, "rules": found})
-    else:
-        print("Worst relative error of all deltas and gradients, against jax.grad in float64\n")
-        print(render(("rule", ">in float64", ">in float32", "verdict"), rows))
-        print(f"\n{len(found) - wrong} of {len(found)} rules are right")
-    return 1 if wrong else 0
-
-
 def _bench(args: argparse.Namespace) -> int:
     names = [load.name for load in bench.WORKLOADS]
-    loads = [bench.WORKLOADS[i] for i in _matching(args.only, names, "workload")]
+    loads = [bench.WORKLOADS[i] for i in matching(args.only, names, "workload")]
     results = []
     for load in loads:
         results.append(bench.measure(load, seconds=args.seconds))
@@ -450,7 +346,7 @@ def _bench(args: argparse.Namespace) -> int:
             print(f"{len(results)} of {len(loads)}: {load.name}", file=sys.stderr)
     if args.json:
         machine = {"device": str(jax.devices()[0]), "jax": jax.__version__}
-        _print_json(machine | {"results": [dataclasses.asdict(r) for r in results]})
+        print_json(machine | {"results": [dataclasses.asdict(r) for r in results]})
     else:
         print(f"Manual over automatic on {jax.devices()[0]}, JAX {jax.__version__}\n")
         print(bench.table(results))

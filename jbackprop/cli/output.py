@@ -1,0 +1,30 @@
+"""What every command says to programs, and what it may be told of names."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def print_json(value: Any) -> None:
+    """Print a value; for programs that read it."""
+    print(json.dumps(finite(value), indent=2, allow_nan=False))
+
+
+def finite(value: Any) -> Any:
+    """The same with null for what JSON has no word for: NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def matching(only: str, names: Sequence[str], what: str) -> list[int]:
+    """Which names contain the text of --only; raise where none does."""
+    chosen = [i for i, name in enumerate(names) if only.lower() in name.lower()]
+    if not chosen:
+        raise ValueError(f"--only {only}: no {what} contains that; there are {'; '.join(names)}")
+    return chosen
