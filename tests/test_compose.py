@@ -360,7 +360,7 @@ def test_errors_inside_name_the_path(key):
         (lambda: jb.Frozen(jb.Tanh), None, r"Frozen: layer is .*: add \(\)"),
         (lambda: jb.Tied(jb.Frozen(jb.Embedding(3, 2)), jb.Tanh()), None, "wrap the Tied"),
         (lambda: jb.Tied(jb.Embedding(3, 2), jb.Tanh), None, r"Tied: body is .*: add \(\)"),
-        (lambda: jb.transformer(5, 4, 1, 2, 3, activation=jb.Relu), None, r"a layer.*: add \(\)"),
+        (lambda: jb.transformer(5, 4, 1, 2, 3, activation=jb.Relu), None, r"block: activation is .*: add \(\)"),
         (lambda: jb.transformer(5, 4, 1, 2, 0, rotary=True), None, "length must be"),
         (lambda: jb.transformer(5, 6, 1, 2, 3, rotary=True), None, "a multiple of 4"),
         (lambda: jb.RNN(2, 2, reverse="no"), None, "RNN: reverse must be True or False, not 'no'"),
