@@ -26,5 +26,8 @@ def matching(only: str, names: Sequence[str], what: str) -> list[int]:
     """Which names contain the text of --only; raise where none does."""
     chosen = [i for i, name in enumerate(names) if only.lower() in name.lower()]
     if not chosen:
-        raise ValueError(f"--only {only}: no {what} contains that; there are {'; '.join(names)}")
+        few = "; ".join(sorted(names, key=len)[:10])
+        raise ValueError(
+            f"--only {only}: no {what} contains that; among the {len(names)} there are {few}"
+        )
     return chosen
