@@ -4,6 +4,7 @@ from jbackprop import check as check
 from jbackprop import diagnose as diagnose
 from jbackprop import factored as factored
 from jbackprop import metrics as metrics
+from jbackprop import per_example as per_example
 from jbackprop import sweep as sweep
 from jbackprop.averages import Averages as Averages
 from jbackprop.averages import batch_averages as batch_averages

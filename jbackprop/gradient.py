@@ -21,7 +21,7 @@ from jax import Array
 from jbackprop.factored import Coupled, Factored, PyTree, is_factored, weighted
 from jbackprop.losses import Loss
 from jbackprop.structure import by_copy, rebuild, walk
-from jbackprop.sweep import Collect, Node, backward, batch_size, forward, total
+from jbackprop.sweep import Collect, Node, Trace, backward, batch_size, forward, total
 
 
 class Kept(NamedTuple):
@@ -80,6 +80,15 @@ def _named(path: str, kept: Any) -> Any:
     return Kept(kept.delta, pairs)
 
 
+class Ahead(NamedTuple):
+    """The result of one forward sweep: costs, outputs, the output delta, and the trace."""
+
+    losses: Array
+    outputs: Any
+    delta: Any
+    trace: Trace
+
+
 class Swept(NamedTuple):
     """The result of one forward and one backward sweep."""
 
@@ -89,25 +98,19 @@ class Swept(NamedTuple):
     collected: PyTree
 
 
-def sweep(
+def sweep_forward(
     net: Node,
     loss: Loss,
     params: PyTree,
     x: Any,
     y: Any,
-    collect: Collect,
-    *,
-    transport: PyTree = None,
-    aux: PyTree = None,
     key: Array | None = None,
     output_weights: Array | float | None = None,
-) -> Swept:
-    """Forward, the loss's delta, backward. The output delta is multiplied by `output_weights`.
+) -> Ahead:
+    """Forward, and the loss's delta, which is multiplied by `output_weights`.
 
     They are one number for all examples, or (B,).
     """
-    if net.couples_examples:
-        collect = _of_all(net, collect)
     outputs, saved = forward(net, params, x, key)
     losses, delta = loss.value_and_delta(outputs, y)
     shapes = jnp.shape(losses), jnp.shape(delta)
@@ -120,8 +123,26 @@ def sweep(
     delta = scaled(delta, output_weights)
     # The delta is read by several; made once, it keeps XLA from making it anew for each of them.
     losses, delta = jax.lax.optimization_barrier((losses, delta))
-    trace = net.trace(x, outputs, saved)
-    delta_x, collected = backward(net, params, trace, delta, collect, transport, aux)
+    return Ahead(losses, outputs, delta, net.trace(x, outputs, saved))
+
+
+def sweep(
+    net: Node,
+    loss: Loss,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    collect: Collect,
+    *,
+    transport: PyTree = None,
+    key: Array | None = None,
+    output_weights: Array | float | None = None,
+) -> Swept:
+    """Forward, the loss's delta, backward."""
+    if net.couples_examples:
+        collect = _of_all(net, collect)
+    losses, outputs, delta, trace = sweep_forward(net, loss, params, x, y, key, output_weights)
+    delta_x, collected = backward(net, params, trace, delta, collect, transport)
     return Swept(losses, outputs, delta_x, collected)
 
 

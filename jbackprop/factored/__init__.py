@@ -4,12 +4,14 @@ One file for each kind; `base` says what they have in common.
 """
 
 from jbackprop.factored.base import Factored as Factored
+from jbackprop.factored.base import Method as Method
 from jbackprop.factored.base import Place as Place
 from jbackprop.factored.base import PyTree as PyTree
 from jbackprop.factored.base import Step as Step
 from jbackprop.factored.base import is_factored as is_factored
 from jbackprop.factored.base import place_in as place_in
 from jbackprop.factored.base import present as present
+from jbackprop.factored.base import scan_examples as scan_examples
 from jbackprop.factored.base import weighted as weighted
 from jbackprop.factored.base import wide_dtype as wide_dtype
 from jbackprop.factored.lookup import Lookup as Lookup

@@ -13,27 +13,36 @@ through `of`; `jax.vmap` adds B.
 Kinds know no layer and no loss. Each of them answers the same questions, always about the
 gradients g_n of the single examples' *unscaled* costs, and always in float32 at least:
 
-    total(weights)     sum_n weights_n g_n              the parameter's shape
-    each()             g_n                              (B, *the parameter's shape)
-    square_norm()      |g_n|^2                          (B,)
-    second_moment()    sum_n g_n * g_n                  the parameter's shape
-    dot(other)         <g_n, h_n>                       (B,)
-    gram(other)        <g_n, h_m>                       (B, B')
+    total(weights)          sum_n weights_n g_n              the parameter's shape
+    each()                  g_n                              (B, *the parameter's shape)
+    square_norm()           |g_n|^2                          (B,)
+    project(vector)         <g_n, vector>                    (B,)
+    second_moment(weights)  sum_n weights_n g_n * g_n        the parameter's shape
+    scatter(mean, weights)  sum_n weights_n (g_n - mean)^2   the parameter's shape
+    dot(other)              <g_n, h_n>                       (B,)
+    gram(other)             <g_n, h_m>                       (B, B')
+
+Whatever must write gradients of single examples out does so for a few of them at a time.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, Literal, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 PyTree = Any
+Method = Literal["auto", "gram", "materialise"]
+"""How inner products of gradients are found where an example has several positions: from the Gram
+matrices of activations and deltas over the positions, by writing the gradients out, or whichever
+takes fewer products."""
 Step = tuple[Any, ...]
 """One step of a `Place`: ("transpose", axes), ("reshape", shape) or ("slice", starts, stops)."""
 
@@ -73,18 +82,31 @@ class Place:
             return canonical
         if not self.steps:
             return canonical.reshape(self.stack + self.shape)
-
-        def there(parameter: Array) -> Array:
-            for name, *arguments in self.steps:
-                parameter = _STEPS[name](parameter, *arguments)
-            return parameter
-
         parameter = jax.ShapeDtypeStruct(self.shape, canonical.dtype)
-        shape = jax.eval_shape(there, parameter).shape
+        shape = jax.eval_shape(self._there, parameter).shape
         copies = math.prod(self.stack)
-        back = jax.linear_transpose(there, parameter)
+        back = jax.linear_transpose(self._there, parameter)
         one = jax.vmap(lambda g: back(g.reshape(shape))[0])
         return one(canonical.reshape(copies, -1)).reshape(self.stack + self.shape)
+
+    def canonical(self, parameter: Array, features: tuple[int, ...]) -> Array:
+        """Take an array of the parameter's shape to (stack * G, *features)."""
+        copies = self.checked(parameter).reshape(math.prod(self.stack), *self.shape)
+        return jax.vmap(self._there)(copies).reshape(-1, *features)
+
+    def checked(self, parameter: Array) -> Array:
+        """An array, if it has the parameter's shape."""
+        if parameter.shape != self.stack + self.shape:
+            raise ValueError(
+                f"{self.path or 'a parameter'} has the shape {self.stack + self.shape}, but the "
+                f"array for it {parameter.shape}"
+            )
+        return parameter
+
+    def _there(self, parameter: Array) -> Array:
+        for name, *arguments in self.steps:
+            parameter = _STEPS[name](parameter, *arguments)
+        return parameter
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -170,26 +192,162 @@ class Factored(abc.ABC):
     def check_fits(self, place: Place) -> None:  # noqa: B027, not every kind can tell
         """Raise where entries would be put back in another order than they came."""
 
-    def square_norm(self) -> Array:
+    def copies(self) -> Factored:
+        """The inverse of `stacked`: the outermost axis of copies in front of B, for `jax.vmap`."""
+        place = self.home
+        depth, n = place.stack[0], self.size
+
+        def apart(v: Array) -> Array:
+            return jnp.moveaxis(v.reshape(n, depth, v.shape[1] // depth, *v.shape[2:]), 1, 0)
+
+        return dataclasses.replace(
+            jax.tree.map(apart, self), place=dataclasses.replace(place, stack=place.stack[1:])
+        )
+
+    @property
+    def size(self) -> int:
+        """B, the number of examples."""
+        return int(jax.tree.leaves(self)[0].shape[0])
+
+    @property
+    def entries(self) -> int:
+        """How many numbers it takes to write the gradient of one example out."""
+        return math.prod(self.home.stack + self.home.shape)
+
+    def square_norm(self, method: Method = "auto") -> Array:
         """|g_n|^2 of every example, (B,)."""
-        return jnp.sum(jnp.square(flat(self)), axis=1)
+        return self._by_example(lambda pair: jnp.sum(jnp.square(flat(pair)), axis=1))
 
-    def second_moment(self) -> Array:
-        """sum_n g_n * g_n, entry by entry, in the parameter's shape; not divided by anything."""
-        return jnp.sum(jnp.square(self.each()), axis=0)
+    def project(self, vector: Array) -> Array:
+        """The inner product of every example's gradient with one array like the parameter, (B,)."""
+        vector = self.home.checked(vector)
 
-    def dot(self, other: Factored) -> Array:
+        def products(pair: Factored) -> Array:
+            written = flat(pair)
+            return written @ vector.reshape(-1).astype(written.dtype)
+
+        return self._by_example(products)
+
+    def second_moment(self, weights: Array | None = None) -> Array:
+        """sum_n weights_n g_n * g_n, entry by entry, in the parameter's shape.
+
+        Not divided by anything; weights (B,) default to ones. A weight of 0: not there at all.
+        """
+        return self._over_examples(lambda g, w: weighted_square(g, w), weights)
+
+    def scatter(self, mean: Array, weights: Array | None = None) -> Array:
+        """sum_n weights_n (g_n - mean)^2, entry by entry; not divided by anything.
+
+        Args:
+            mean: of these examples with these weights, in the parameter's shape.
+            weights: (B,), by default ones.
+        """
+        return self._over_examples(lambda g, w: weighted_square(g - mean[None], w), weights)
+
+    def dot(self, other: Factored, method: Method = "auto") -> Array:
         """The inner product of every example's gradient with its gradient in `other`, (B,)."""
-        return jnp.sum(flat(self) * flat(other), axis=1)
 
-    def gram(self, other: Factored) -> Array:
+        def products(pairs: tuple[Factored, Factored]) -> Array:
+            return jnp.sum(flat(pairs[0]) * flat(pairs[1]), axis=1)
+
+        return in_blocks(products, (self, other), self.size, self.entries + other.entries)
+
+    def gram(self, other: Factored, method: Method = "auto") -> Array:
         """The inner product of each example here with each example of `other`, (B, B')."""
-        return einsum("np,mp->nm", flat(self), flat(other))
+
+        def rows(mine: Factored) -> Array:
+            written = flat(mine)
+
+            def columns(theirs: Factored) -> Array:
+                return einsum("mp,np->mn", flat(theirs), written)
+
+            return in_blocks(columns, other, other.size, 2 * other.entries).T
+
+        return in_blocks(rows, self, self.size, 2 * self.entries)
+
+    def _by_example(self, f: Callable[[Any], Array]) -> Array:
+        return in_blocks(f, self, self.size, self.entries)
+
+    def _over_examples(self, f: Callable[[Array, Any], Array], weights: Array | None) -> Array:
+        """The sum over the examples of f(g, weights)."""
+
+        def some(part: Any) -> Array:
+            return f(part[0].each(), part[1])
+
+        return in_blocks(some, (self, weights), self.size, self.entries, summed=True)
 
     def _same_form(self, other: Factored) -> bool:
         """Whether inner products of the canonical forms are those of the gradients."""
         mine = dataclasses.replace(self.home, path="")
         return type(other) is type(self) and mine == dataclasses.replace(other.home, path="")
+
+
+_AT_ONCE = 1 << 22
+"""Numbers written out at once, about."""
+
+
+def in_blocks(
+    f: Callable[[Any], Array], tree: PyTree, n: int, entries: int, summed: bool = False
+) -> Array:
+    """f of a few examples at a time; `entries` is what f writes out for one of them.
+
+    Args:
+        f: gives what belongs to each example (b, ...), or their sum.
+        tree: of arrays (n, ...).
+        n: the number of examples.
+        entries: so many numbers that about `_AT_ONCE` are written at once.
+        summed: whether the results of f are to be added up rather than joined.
+    """
+    blocks = -(-n * max(entries, 1) // _AT_ONCE)
+    if blocks <= 1 or n <= 1:
+        return f(tree)
+    size = -(-n // min(blocks, n))
+    if summed:
+        return scan_examples(lambda block: ((), f(block)), tree, n, size)[1]
+    return scan_examples(lambda block: (f(block), ()), tree, n, size)[0]
+
+
+def scan_examples(
+    f: Callable[[Any], tuple[PyTree, PyTree]],
+    tree: PyTree,
+    n: int,
+    size: int,
+    join: Callable[[PyTree, PyTree], PyTree] | None = None,
+) -> tuple[PyTree, PyTree]:
+    """f of `size` examples at a time, one block after the other; the last may be shorter.
+
+    Args:
+        f: from a block of `tree` to what belongs to each of its examples (size, ...), and what is
+            of all of them together.
+        tree: of arrays (n, ...).
+        n: the number of examples.
+        size: of a block.
+        join: makes one of what is of the blocks so far (zeros: of none) and of the next one. By
+            default they are added up.
+    """
+    whole = n // size
+    blocks = jax.tree.map(lambda v: v[: whole * size].reshape(whole, size, *v.shape[1:]), tree)
+    join = join or functools.partial(jax.tree.map, jnp.add)
+
+    def step(so_far: PyTree, block: PyTree) -> tuple[PyTree, PyTree]:
+        each, new = f(block)
+        return join(so_far, new), each
+
+    shapes = jax.eval_shape(f, jax.tree.map(lambda v: v[:size], tree))[1]
+    nothing = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
+    together, each = lax.scan(step, nothing, blocks)
+    each = jax.tree.map(lambda v: v.reshape(whole * size, *v.shape[2:]), each)
+    if n % size:
+        together, rest = step(together, jax.tree.map(lambda v: v[whole * size :], tree))
+        each = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), each, rest)
+    return each, together
+
+
+def weighted_square(g: Array, weights: Array | None) -> Array:
+    """sum_n weights_n g_n * g_n of g (B, ...)."""
+    if weights is None:
+        return jnp.sum(jnp.square(g), axis=0)
+    return jnp.sum(_column(weights.astype(g.dtype), g) * jnp.square(present(weights, g)), axis=0)
 
 
 def flat(pair: Factored) -> Array:

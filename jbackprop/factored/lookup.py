@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jbackprop.factored.base import (
     Factored,
+    Method,
     Place,
     Step,
     depth_into_groups,
+    einsum,
     fits,
+    in_blocks,
     kind,
     somewhere,
     stacked_place,
     weighted,
     wide_dtype,
 )
+from jbackprop.factored.outer import Outer
 
 
 @kind("ids", "delta", meta=("rows",))
@@ -62,20 +68,72 @@ class Lookup(Factored):
         tables = jax.vmap(lambda ids, delta: _scattered(ids, delta, self.rows))
         return jax.vmap(self.home.restore)(tables(self._where(self.ids), self.delta))
 
-    def square_norm(self) -> Array:
+    def square_norm(self, method: Method = "auto") -> Array:
         return jnp.sum(jnp.square(self._merged()[1]), axis=(1, 2, 3))
 
-    def second_moment(self) -> Array:
-        ids, delta = self._merged()
-        return self.home.restore(_over_examples(ids, jnp.square(delta), self.rows))
+    def project(self, vector: Array) -> Array:
+        dtype = wide_dtype(self.delta.dtype)
+        w = self.home.canonical(vector, (self.rows, self.delta.shape[3])).astype(dtype)
+        return self._along(w[None], self.ids, self.delta.astype(dtype))[:, 0]
 
-    def dot(self, other: Factored) -> Array:
+    def second_moment(self, weights: Array | None = None) -> Array:
+        ids, delta = self._merged()
+        squares = jnp.square(delta)
+        squares = squares if weights is None else weighted(weights, squares)
+        return self.home.restore(_over_examples(ids, squares, self.rows))
+
+    def dot(self, other: Factored, method: Method = "auto") -> Array:
+        if self._turns(other):
+            return self._dot_outer(other)  # type: ignore[arg-type]
         if not (isinstance(other, Lookup) and self._same_form(other)):
-            return super().dot(other)
+            return super().dot(other, method)
         mine, theirs = self._merged(), other._merged()
         same = mine[0][:, :, :, None] == theirs[0][:, :, None, :]
         products = jnp.einsum("ngto,ngso->ngts", mine[1], theirs[1])
         return jnp.sum(jnp.where(same, products, 0), axis=(1, 2, 3))
+
+    def gram(self, other: Factored, method: Method = "auto") -> Array:
+        if not (isinstance(other, Lookup) and self._same_form(other)):
+            return super().gram(other, method)
+        delta = other.delta.astype(wide_dtype(other.delta.dtype))
+
+        def rows(mine: Lookup) -> Array:
+            tables = jax.vmap(lambda ids, delta: _scattered(ids, delta, mine.rows))
+            written = tables(mine._where(mine.ids), mine.delta)
+            return self._along(written, other.ids, delta).T
+
+        entries = self.entries + other.size * math.prod(self.delta.shape[1:])
+        return in_blocks(rows, self, self.size, entries)
+
+    def _along(self, tables: Array, ids: Array, delta: Array) -> Array:
+        """sum_t tables_n[id_mt] . delta_mt, (m, n): tables (n, G, rows, o), ids (m, G, T)."""
+        ids = self._where(ids)
+
+        def one(ids: Array, delta: Array) -> Array:
+            group = jnp.arange(ids.shape[0])[:, None]
+            read = tables.at[:, group, ids].get(mode="fill", fill_value=0)
+            return einsum("ngto,gto->n", read, delta)
+
+        return jax.vmap(one)(ids, delta)
+
+    def _turns(self, other: Factored) -> bool:
+        """Whether `other` is the pair of the same table, turned: that of a tied head."""
+        if not isinstance(other, Outer) or self.home.steps:
+            return False
+        return (
+            other.home.steps == (("transpose", (1, 0)),)
+            and self.delta.shape[1] == (other.delta.shape[1])
+        )
+
+    def _dot_outer(self, other: Outer) -> Array:
+        """sum_ts (delta_t . h_s) d_s[id_t], where `other` is sum_s h_s (outer) d_s, turned."""
+        ids = self._where(self.ids)
+        dtype = wide_dtype(jnp.result_type(self.delta, other.delta))
+        products = einsum("ngsi,ngti->ngst", other.a.astype(dtype), self.delta.astype(dtype))
+        inside = ids < self.rows
+        at = jnp.where(inside, ids, 0)[:, :, None]  # d_s[id_t]: (B, G, S, T)
+        read = jnp.take_along_axis(other.delta, at, axis=3).astype(dtype)
+        return jnp.sum(jnp.where(inside[:, :, None], products * read, 0), axis=(1, 2, 3))
 
     def _where(self, ids: Array) -> Array:
         """The rows, and `rows` for what is out of range."""

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jbackprop.factored.base import Factored, Place, kind, stacked_place, weighted, wide_dtype
+from jbackprop.factored.base import (
+    Factored,
+    Method,
+    Place,
+    kind,
+    stacked_place,
+    weighted,
+    wide_dtype,
+)
 
 
 @kind("parts")
@@ -37,17 +47,32 @@ class Sum(Factored):
     def each(self) -> Array:
         return _add(part.each() for part in self.parts)
 
-    def square_norm(self) -> Array:
+    def copies(self) -> Sum:
+        place = self.home
+        parts = tuple(part.copies() for part in self.parts)
+        return Sum(parts, dataclasses.replace(place, stack=place.stack[1:]))
+
+    @property
+    def entries(self) -> int:
+        return sum(part.entries for part in self.parts)
+
+    def square_norm(self, method: Method = "auto") -> Array:
         """sum_jk <part_j, part_k>; a rounded sum is never reported below 0."""
-        return jnp.maximum(self.dot(self), 0)
+        norms = _add(part.square_norm(method) for part in self.parts)
+        pairs = list(itertools.combinations(self.parts, 2))
+        cross = [2 * one.dot(other, method) for one, other in pairs]
+        return jnp.maximum(_add([norms, *cross]), 0)
 
-    def dot(self, other: Factored) -> Array:
-        theirs = other.parts if isinstance(other, Sum) else (other,)
-        return _add(mine.dot(their) for mine in self.parts for their in theirs)
+    def project(self, vector: Array) -> Array:
+        return _add(part.project(vector) for part in self.parts)
 
-    def gram(self, other: Factored) -> Array:
+    def dot(self, other: Factored, method: Method = "auto") -> Array:
         theirs = other.parts if isinstance(other, Sum) else (other,)
-        return _add(mine.gram(their) for mine in self.parts for their in theirs)
+        return _add(mine.dot(their, method) for mine in self.parts for their in theirs)
+
+    def gram(self, other: Factored, method: Method = "auto") -> Array:
+        theirs = other.parts if isinstance(other, Sum) else (other,)
+        return _add(mine.gram(their, method) for mine in self.parts for their in theirs)
 
 
 def _add(arrays: Iterable[Array]) -> Array:
@@ -71,6 +96,10 @@ class Full(Factored):
     def stacked(self) -> Full:
         place = stacked_place(self.place, self.g.shape[0])
         return Full(jnp.moveaxis(self.g, 0, 1), self.why, place)
+
+    def copies(self) -> Full:
+        place = dataclasses.replace(self.home, stack=self.home.stack[1:])
+        return Full(jnp.moveaxis(self.g, 1, 0), self.why, place)
 
     def total(self, weights: Array | None = None) -> Array:
         _ = self.home  # raises for what was kept under an outer vmap
@@ -103,12 +132,34 @@ class Nothing(Factored):
     def stacked(self) -> Nothing:
         return Nothing(self.none[0], stacked_place(self.place, self.none.shape[0]))
 
+    def copies(self) -> Nothing:
+        place = dataclasses.replace(self.home, stack=self.home.stack[1:])
+        return Nothing(jnp.zeros((self.home.stack[0], self.size, 0)), place)
+
+    def square_norm(self, method: Method = "auto") -> Array:
+        return jnp.zeros(self.size, wide_dtype(self.home.dtype))
+
+    def project(self, vector: Array) -> Array:
+        return jnp.zeros(self.size, wide_dtype(self.home.dtype))
+
+    def second_moment(self, weights: Array | None = None) -> Array:
+        return self.total()
+
+    def scatter(self, mean: Array, weights: Array | None = None) -> Array:
+        return self.total()
+
+    def dot(self, other: Factored, method: Method = "auto") -> Array:
+        return self.square_norm()
+
+    def gram(self, other: Factored, method: Method = "auto") -> Array:
+        return jnp.zeros((self.size, other.size), wide_dtype(self.home.dtype))
+
     def total(self, weights: Array | None = None) -> Array:
         return jnp.zeros(self.home.stack + self.home.shape, wide_dtype(self.home.dtype))
 
     def each(self) -> Array:
         total = self.total()
-        return jnp.zeros((self.none.shape[0], *total.shape), total.dtype)
+        return jnp.zeros((self.size, *total.shape), total.dtype)
 
 
 @kind("pair", meta=("why",))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jbackprop.factored.base import (
     Factored,
+    Method,
     Place,
     Step,
     depth_into_groups,
     einsum,
     fits,
+    in_blocks,
     kind,
     present,
     somewhere,
@@ -49,6 +53,11 @@ class Outer(Factored):
     def check_fits(self, place: Place) -> None:
         fits(self, place, self.a.shape[1], (self.a.shape[3], self.delta.shape[3]))
 
+    def _centred(self) -> tuple[Array, Array]:
+        """The activations, `centred`; those of positions without a delta have no part in it."""
+        there = jnp.any(self.delta != 0, axis=3, keepdims=True)
+        return centred(jnp.where(there, self.a, jnp.zeros((), self.a.dtype)))
+
     def stacked(self) -> Outer:
         place = stacked_place(self.place, self.a.shape[0])
         return Outer(depth_into_groups(self.a), depth_into_groups(self.delta), place)
@@ -69,44 +78,89 @@ class Outer(Factored):
     def each(self) -> Array:
         return jax.vmap(self.home.restore)(einsum("ngti,ngto->ngio", self.a, self.delta))
 
-    def square_norm(self) -> Array:
-        return self.dot(self)
+    def square_norm(self, method: Method = "auto") -> Array:
+        return self.dot(self, method)
 
-    def second_moment(self) -> Array:
+    def project(self, vector: Array) -> Array:
+        w = self.home.canonical(vector, (self.a.shape[3], self.delta.shape[3]))
+        dtype = wide_dtype(jnp.result_type(self.a, self.delta))
+        if self.a.shape[1] == 1:
+            z = jnp.einsum("ngti,io->ngto", self.a.astype(dtype), w[0].astype(dtype))
+        else:
+            z = jnp.einsum("ngti,gio->ngto", self.a.astype(dtype), w.astype(dtype))
+        return jnp.sum(z * self.delta.astype(dtype), axis=(1, 2, 3))
+
+    def second_moment(self, weights: Array | None = None) -> Array:
         if self.a.shape[2] != 1:
-            return super().second_moment()
-        home = self.home
-        squares = einsum("ngi,ngo->gio", *(wide_square(x[:, :, 0]) for x in (self.a, self.delta)))
-        return home.restore(squares)
+            return super().second_moment(weights)
+        home, a, delta = self.home, wide_square(self.a), wide_square(self.delta)
+        if weights is not None:
+            a, delta = present(weights, a), weighted(weights, delta)
+        if a.shape[1] == 1:
+            return home.restore(jnp.einsum("ni,no->io", a[:, 0, 0], delta[:, 0, 0]))
+        return home.restore(jnp.einsum("ngi,ngo->gio", a[:, :, 0], delta[:, :, 0]))
 
-    def dot(self, other: Factored) -> Array:
+    def scatter(self, mean: Array, weights: Array | None = None) -> Array:
+        if self.a.shape[2] != 1:
+            return super().scatter(mean, weights)
+        # One matmul, and the mean's square less: exact to a few digits unless nearly all of the
+        # second moment is the mean's. Then the gradients are written out.
+        n = self.size if weights is None else jnp.sum(weights.astype(mean.dtype))
+        moment = self.second_moment(weights)
+        found = moment - n * jnp.square(mean)
+        exact = functools.partial(super().scatter, mean, weights)
+        return lax.cond(jnp.all(found >= moment / _LOST), lambda: found, exact)
+
+    def dot(self, other: Factored, method: Method = "auto") -> Array:
         if not (isinstance(other, Outer) and self._same_form(other)):
-            return super().dot(other)
+            return super().dot(other, method)
         t, s, i, o = self.a.shape[2], other.a.shape[2], self.a.shape[3], self.delta.shape[3]
-        if t == s == 1:  # <a (outer) delta, a' (outer) delta'> = (a . a')(delta . delta')
-            alpha = einsum("ngti,ngti->ng", self.a, other.a)
-            return jnp.sum(alpha * einsum("ngto,ngto->ng", self.delta, other.delta), axis=1)
-        if t * s * (i + o) > (t + s) * i * o:  # then to write the gradients out is cheaper
+        if method == "materialise" or (
+            method == "auto" and t * s * (i + o) > (t + s) * i * o and not t == s == 1
+        ):
+            if other is self:
+                return super().square_norm()
             return super().dot(other)
-        # g = sum_t a'_t (outer) delta'_t + T mean(a) (outer) mean(delta), primes without the mean:
-        # what positions have in common would cancel between the entries of the Gram matrices.
-        (a, m), (d, e) = centred(self.a), centred(self.delta)
-        (b, n), (f, h) = centred(other.a), centred(other.delta)
-        alpha, beta = einsum("ngti,ngsi->ngts", a, b), einsum("ngto,ngso->ngts", d, f)
-        product = jnp.sum(alpha * beta, axis=(1, 2, 3))
-        means = einsum("ngti,ngti->ng", m, n) * einsum("ngto,ngto->ng", e, h)
-        one = einsum("ngti,ngsi->ngts", a, n) * einsum("ngto,ngso->ngts", d, h)
-        two = einsum("ngti,ngsi->ngts", m, b) * einsum("ngto,ngso->ngts", e, f)
-        product += jnp.sum(t * s * means, axis=1)
-        product += s * jnp.sum(one, axis=(1, 2, 3)) + t * jnp.sum(two, axis=(1, 2, 3))
-        return jnp.maximum(product, 0) if other is self else product
+        entries = 0 if t == s == 1 else 2 * self.a.shape[1] * t * s
+        if other is self:
+            products = in_blocks(lambda p: _inner(p, p), self, self.size, entries)
+            return jnp.maximum(products, 0)
+        return in_blocks(lambda pairs: _inner(*pairs), (self, other), self.size, entries)
 
-    def gram(self, other: Factored) -> Array:
-        alone = isinstance(other, Outer) and self.a.shape[2] == other.a.shape[2] == 1
-        if not (isinstance(other, Outer) and alone and self._same_form(other)):
+    def gram(self, other: Factored, method: Method = "auto") -> Array:
+        if not (isinstance(other, Outer) and self._same_form(other)):
+            return super().gram(other, method)
+        (n, g, t, i), (m, _, s, o) = self.a.shape, (*other.a.shape[:3], self.delta.shape[3])
+        if method == "materialise" or (
+            method == "auto" and t * s * (i + o) > i * o and not t == s == 1
+        ):
             return super().gram(other)
-        alpha = einsum("ngti,mgti->nmg", self.a, other.a)
-        return jnp.sum(alpha * einsum("ngto,mgto->nmg", self.delta, other.delta), axis=2)
+        return in_blocks(lambda p: _inner(p, other, "m"), self, n, 2 * m * g * t * s)
+
+
+_LOST = 1024.0
+"""How much smaller than the moments a scatter may be that is found as their difference."""
+
+
+def _inner(one: Outer, other: Outer, m: str = "n") -> Array:
+    """<g_n, h_m> from Gram matrices over the positions; n = m for the products of each example."""
+    t, s = one.a.shape[2], other.a.shape[2]
+    nm = "n" if m == "n" else "nm"
+
+    def of(x: Array, y: Array) -> Array:
+        return einsum(f"ngtf,{m}gsf->{nm}gts", x, y)
+
+    if t == s == 1:  # <a (outer) delta, a' (outer) delta'> = (a . a')(delta . delta')
+        return jnp.sum(of(one.a, other.a) * of(one.delta, other.delta), axis=(-3, -2, -1))
+    # g = sum_t a'_t (outer) delta'_t + T mean(a) (outer) mean(delta), primes without the mean:
+    # what positions have in common would cancel between the entries of the Gram matrices.
+    (a, am), (d, dm) = one._centred(), centred(one.delta)
+    (b, bm), (e, em) = (a, am) if other is one else other._centred(), centred(other.delta)
+    product = jnp.sum(of(a, b) * of(d, e), axis=(-3, -2, -1))
+    means = of(am, bm) * of(dm, em)
+    left = jnp.sum(of(a, bm) * of(d, em), axis=-2, keepdims=True)
+    right = jnp.sum(of(am, b) * of(dm, e), axis=-1, keepdims=True)
+    return product + jnp.sum(t * s * means + s * left + t * right, axis=(-3, -2, -1))
 
 
 def centred(v: Array) -> tuple[Array, Array]:

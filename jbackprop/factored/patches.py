@@ -20,9 +20,11 @@ from jax import Array, lax
 
 from jbackprop.factored.base import (
     Factored,
+    Method,
     Place,
     Step,
     depth_into_groups,
+    in_blocks,
     kind,
     present,
     somewhere,
@@ -236,20 +238,39 @@ class Patches(Factored):
             dataclasses.replace(home, steps=(*home.steps, *steps)),
         )
 
+    @property
+    def entries(self) -> int:
+        kernel, positions = math.prod(self.geometry.kernel), math.prod(self.delta.shape[2:-1])
+        return super().entries + self.a.shape[1] * positions * kernel * self.a.shape[-1]
+
     def each(self) -> Array:
         return self.outer().each()
 
-    def square_norm(self) -> Array:
-        return self.outer().square_norm()
+    def square_norm(self, method: Method = "auto") -> Array:
+        return self._by_example(lambda pair: pair.outer().square_norm(method))
 
-    def second_moment(self) -> Array:
-        return self.outer().second_moment()
+    def project(self, vector: Array) -> Array:
+        (b, copies), dtype = self.a.shape[:2], wide_dtype(jnp.result_type(self.a, self.delta))
+        kernel = self.geometry.kernel
+        features = (self.a.shape[-1] // self.geometry.groups, self.delta.shape[-1])
+        w = self.home.canonical(vector, (*kernel, *features)).astype(dtype)
+        a, delta = (jnp.moveaxis(v.astype(dtype), 1, 0) for v in (self.a, self.delta))
 
-    def dot(self, other: Factored) -> Array:
-        mine = self.outer()
+        def one(pair: tuple[Array, Array, Array]) -> Array:
+            products = self.geometry.correlate(pair[0], pair[2]) * pair[1]
+            return jnp.sum(products.reshape(b, -1), axis=1)
+
+        return one((a[0], delta[0], w[0])) if copies == 1 else lax.map(one, (a, delta, w)).sum(0)
+
+    def dot(self, other: Factored, method: Method = "auto") -> Array:
         if other is self:
-            return mine.dot(mine)
-        return mine.dot(other.outer() if isinstance(other, Patches) else other)
+            return self.square_norm(method)
 
-    def gram(self, other: Factored) -> Array:
-        return self.outer().gram(other.outer() if isinstance(other, Patches) else other)
+        def products(pairs: tuple[Patches, Factored]) -> Array:
+            mine, their = pairs
+            return mine.outer().dot(their.outer() if isinstance(their, Patches) else their, method)
+
+        return in_blocks(products, (self, other), self.size, self.entries + other.entries)
+
+    def gram(self, other: Factored, method: Method = "auto") -> Array:
+        return self.outer().gram(other.outer() if isinstance(other, Patches) else other, method)

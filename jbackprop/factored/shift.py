@@ -10,9 +10,11 @@ from jax import Array
 
 from jbackprop.factored.base import (
     Factored,
+    Method,
     Place,
     Step,
     depth_into_groups,
+    einsum,
     fits,
     kind,
     present,
@@ -48,12 +50,17 @@ class _Summed(Factored):
     def each(self) -> Array:
         return jax.vmap(self.home.restore)(self._sum())
 
-    def square_norm(self) -> Array:
+    def square_norm(self, method: Method = "auto") -> Array:
         return jnp.sum(jnp.square(self._sum()), axis=(1, 2))
 
-    def dot(self, other: Factored) -> Array:
+    def project(self, vector: Array) -> Array:
+        s = self._sum()
+        w = self.home.canonical(vector, s.shape[2:]).astype(s.dtype)
+        return einsum("ngo,go->n", s, w)
+
+    def dot(self, other: Factored, method: Method = "auto") -> Array:
         if not (isinstance(other, _Summed) and self._same_form(other)):
-            return super().dot(other)
+            return super().dot(other, method)
         return jnp.sum(self._sum() * other._sum(), axis=(1, 2))
 
     def _sum(self) -> Array:
