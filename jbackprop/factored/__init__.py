@@ -5,9 +5,11 @@ One file for each kind; `base` says what they have in common.
 
 from jbackprop.factored.base import Factored as Factored
 from jbackprop.factored.base import Method as Method
+from jbackprop.factored.base import Moments as Moments
 from jbackprop.factored.base import Place as Place
 from jbackprop.factored.base import PyTree as PyTree
 from jbackprop.factored.base import Step as Step
+from jbackprop.factored.base import in_shares as in_shares
 from jbackprop.factored.base import is_factored as is_factored
 from jbackprop.factored.base import place_in as place_in
 from jbackprop.factored.base import present as present

@@ -18,7 +18,7 @@ gradients g_n of the single examples' *unscaled* costs, and always in float32 at
     square_norm()           |g_n|^2                          (B,)
     project(vector)         <g_n, vector>                    (B,)
     second_moment(weights)  sum_n weights_n g_n * g_n        the parameter's shape
-    scatter(mean, weights)  sum_n weights_n (g_n - mean)^2   the parameter's shape
+    moments(weights)        the mean and the variance of g_n the parameter's shape, both
     dot(other)              <g_n, h_n>                       (B,)
     gram(other)             <g_n, h_m>                       (B, B')
 
@@ -32,7 +32,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, dataclass_transform
+from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -235,14 +235,25 @@ class Factored(abc.ABC):
         """
         return self._over_examples(lambda g, w: weighted_square(g, w), weights)
 
-    def scatter(self, mean: Array, weights: Array | None = None) -> Array:
-        """sum_n weights_n (g_n - mean)^2, entry by entry; not divided by anything.
+    def moments(self, weights: Array | None = None) -> tuple[Array, Array]:
+        """The mean of g_n and its variance about that, entry by entry, in the parameter's shape.
 
-        Args:
-            mean: of these examples with these weights, in the parameter's shape.
-            weights: (B,), by default ones.
+        With p_n = weights_n / sum weights (1/B without), they are m = sum_n p_n g_n and
+        sum_n p_n (g_n - m)^2. Both are 0 where all weights are.
         """
-        return self._over_examples(lambda g, w: weighted_square(g - mean[None], w), weights)
+
+        def some(part: Any) -> tuple[tuple[()], Moments]:
+            g, own = part[0].each(), part[1]
+            mass, shares = in_shares(own, g.shape[0], g.dtype)
+            g = present(shares, g)
+            mean = jnp.tensordot(shares, g, 1)
+            return (), Moments(mass, mean, weighted_square(g - mean[None], shares))
+
+        n = self.size
+        size = block_size(n, self.entries)
+        tree = (self, weights)
+        found = some(tree)[1] if size >= n else scan_examples(some, tree, n, size, Moments.join)[1]
+        return found.mean, found.variance
 
     def dot(self, other: Factored, method: Method = "auto") -> Array:
         """The inner product of every example's gradient with its gradient in `other`, (B,)."""
@@ -282,7 +293,7 @@ class Factored(abc.ABC):
         return type(other) is type(self) and mine == dataclasses.replace(other.home, path="")
 
 
-_AT_ONCE = 1 << 22
+_AT_ONCE = 1 << 20
 """Numbers written out at once, about."""
 
 
@@ -298,13 +309,57 @@ def in_blocks(
         entries: so many numbers that about `_AT_ONCE` are written at once.
         summed: whether the results of f are to be added up rather than joined.
     """
-    blocks = -(-n * max(entries, 1) // _AT_ONCE)
-    if blocks <= 1 or n <= 1:
+    size = block_size(n, entries)
+    if size >= n:
         return f(tree)
-    size = -(-n // min(blocks, n))
     if summed:
         return scan_examples(lambda block: ((), f(block)), tree, n, size)[1]
     return scan_examples(lambda block: (f(block), ()), tree, n, size)[0]
+
+
+def block_size(n: int, entries: int) -> int:
+    """How many of n examples are taken at once, if `entries` are written out for each."""
+    blocks = min(-(-n * max(entries, 1) // _AT_ONCE), n)
+    return -(-n // max(blocks, 1))
+
+
+class Moments(NamedTuple):
+    """The moments of some examples: the sum of their weights, means and variances (trees)."""
+
+    mass: Array
+    mean: PyTree
+    variance: PyTree
+
+    def join(self, other: Moments) -> Moments:
+        """Those of both together, without loss; zeros are those of no examples.
+
+        Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing
+        sample variances (1979).
+        """
+        mass = self.mass + other.mass
+        share = other.mass / jnp.where(mass == 0, 1, mass)
+
+        def mean(m: Array, new: Array) -> Array:
+            return m + share.astype(m.dtype) * (new - m)
+
+        def variance(v: Array, new: Array, m: Array, its: Array) -> Array:
+            part = share.astype(v.dtype)
+            return v + part * (new - v) + part * (1 - part) * jnp.square(its - m)
+
+        return Moments(
+            mass,
+            jax.tree.map(mean, self.mean, other.mean),
+            jax.tree.map(variance, self.variance, other.variance, self.mean, other.mean),
+        )
+
+
+def in_shares(weights: Array | None, n: int, dtype: Any) -> tuple[Array, Array]:
+    """The sum of the weights (ones by default), and the weights over it; zeros if it is 0."""
+    if weights is None:
+        return jnp.asarray(n, dtype), jnp.full(n, 1 / max(n, 1), dtype)
+    weights = weights.astype(dtype)
+    mass = jnp.sum(weights)
+    return mass, weights / jnp.where(mass == 0, 1, mass)
 
 
 def scan_examples(

@@ -145,8 +145,8 @@ class Nothing(Factored):
     def second_moment(self, weights: Array | None = None) -> Array:
         return self.total()
 
-    def scatter(self, mean: Array, weights: Array | None = None) -> Array:
-        return self.total()
+    def moments(self, weights: Array | None = None) -> tuple[Array, Array]:
+        return self.total(), self.total()
 
     def dot(self, other: Factored, method: Method = "auto") -> Array:
         return self.square_norm()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -17,6 +15,7 @@ from jbackprop.factored.base import (
     einsum,
     fits,
     in_blocks,
+    in_shares,
     kind,
     present,
     somewhere,
@@ -100,16 +99,30 @@ class Outer(Factored):
             return home.restore(jnp.einsum("ni,no->io", a[:, 0, 0], delta[:, 0, 0]))
         return home.restore(jnp.einsum("ngi,ngo->gio", a[:, :, 0], delta[:, :, 0]))
 
-    def scatter(self, mean: Array, weights: Array | None = None) -> Array:
+    def moments(self, weights: Array | None = None) -> tuple[Array, Array]:
         if self.a.shape[2] != 1:
-            return super().scatter(mean, weights)
-        # One matmul, and the mean's square less: exact to a few digits unless nearly all of the
-        # second moment is the mean's. Then the gradients are written out.
-        n = self.size if weights is None else jnp.sum(weights.astype(mean.dtype))
-        moment = self.second_moment(weights)
-        found = moment - n * jnp.square(mean)
-        exact = functools.partial(super().scatter, mean, weights)
-        return lax.cond(jnp.all(found >= moment / _LOST), lambda: found, exact)
+            return super().moments(weights)
+        (n, g, _, i), o = self.a.shape, self.delta.shape[3]
+        dtype = wide_dtype(jnp.result_type(self.a, self.delta))
+        shares = in_shares(weights, n, dtype)[1]
+        a, delta = (
+            jnp.moveaxis(present(shares, v[:, :, 0].astype(dtype)), 1, 0)
+            for v in (self.a, self.delta)
+        )
+        # Some rows at a time, (blocks * G, n, rows), so that what is found of them stays in the
+        # cache until the one is subtracted from the other.
+        blocks = max(1, -(-i * o // _IN_CACHE))
+        rows = -(-i // blocks)
+        a = jnp.pad(a, ((0, 0), (0, 0), (0, rows * blocks - i)))
+        a = a.reshape(g, n, blocks, rows).transpose(0, 2, 1, 3).reshape(g * blocks, n, rows)
+
+        def some(block: tuple[Array, Array]) -> tuple[Array, Array]:
+            a, at = block
+            return _moments(a, lax.dynamic_index_in_dim(delta, at, keepdims=False), shares)
+
+        found = lax.map(some, (a, jnp.arange(g * blocks) // blocks))
+        mean, variance = (v.reshape(g, blocks * rows, o)[:, :i] for v in found)
+        return self.home.restore(mean), self.home.restore(variance)
 
     def dot(self, other: Factored, method: Method = "auto") -> Array:
         if not (isinstance(other, Outer) and self._same_form(other)):
@@ -139,7 +152,30 @@ class Outer(Factored):
 
 
 _LOST = 1024.0
-"""How much smaller than the moments a scatter may be that is found as their difference."""
+"""How much smaller than the mean's square a variance may be that is found as a difference."""
+_IN_CACHE = 1 << 18
+"""Numbers that a cache holds some arrays of."""
+
+
+def _moments(a: Array, delta: Array, shares: Array) -> tuple[Array, Array]:
+    """The mean and the variance of a_n (outer) delta_n, of a (n, i) and delta (n, o).
+
+    A matmul for each moment, and the mean's square less: exact to a few digits unless that is
+    nearly all of the second. Then example by example.
+    """
+    own = shares[:, None]
+    mean = a.T @ (own * delta)
+    variance = jnp.square(a).T @ (own * jnp.square(delta)) - jnp.square(mean)
+
+    def one_by_one() -> Array:
+        def add(so_far: Array, n: tuple[Array, Array, Array]) -> tuple[Array, None]:
+            a, delta, share = n
+            return so_far + share * jnp.square(jnp.outer(a, delta) - mean), None
+
+        return lax.scan(add, jnp.zeros_like(mean), (a, delta, shares))[0]
+
+    sound = jnp.all(jnp.square(mean) <= _LOST * variance)
+    return mean, lax.cond(sound, lambda: variance, one_by_one)
 
 
 def _inner(one: Outer, other: Outer, m: str = "n") -> Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jbackprop.factored import PyTree
+from jbackprop.factored import Moments, PyTree, in_shares
 from jbackprop.per_example.answers import check_question, root, summed, times
 from jbackprop.per_example.source import Pairs, Source, in_parts
 
@@ -96,9 +96,6 @@ def variance(
     About the mean: a difference of moments is taken only where it keeps all but three digits of its
     precision. With microbatches each has a mean of its own, and they are put together without loss.
 
-    Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample
-    variances (1979), for the latter.
-
     Args:
         bp, weights, microbatch: as in `mean`; ddof goes with weights that count examples, as masks
             do.
@@ -111,11 +108,7 @@ def variance(
     Raises:
         ValueError: as `mean`; fewer examples than ddof + 1.
     """
-    n, weights = _check(bp, weights, microbatch)
-    if weights is None and n <= ddof:
-        raise ValueError(f"a variance with ddof={ddof} needs more than {ddof} examples, not {n}")
-    _, scatter, mass = _moments(bp, weights, microbatch, n)
-    return _over(scatter, mass - ddof)
+    return _moments(bp, ddof, weights, microbatch).variance
 
 
 def snr(
@@ -130,51 +123,49 @@ def snr(
 
     Args, returns, raises: as `variance`.
     """
+
+    def ratio(m: Array, v: Array) -> Array:
+        return jnp.where(m == 0, 0, jnp.square(m) / jnp.where(m == 0, 1, v)).astype(m.dtype)
+
+    found = _moments(bp, ddof, weights, microbatch)
+    return jax.tree.map(ratio, found.mean, found.variance)
+
+
+def _moments(bp: Pairs, ddof: int, weights: Array | None, microbatch: int | None) -> Moments:
+    """The variance as `variance` has it."""
     n, weights = _check(bp, weights, microbatch)
     if weights is None and n <= ddof:
         raise ValueError(f"a variance with ddof={ddof} needs more than {ddof} examples, not {n}")
-    middle, scatter, mass = _moments(bp, weights, microbatch, n)
-    spread = _over(scatter, mass - ddof)
-    return jax.tree.map(
-        lambda m, v: jnp.where(m == 0, 0, jnp.square(m) / jnp.where(m == 0, 1, v)).astype(m.dtype),
-        middle,
-        spread,
-    )
+    return _jitted_moments(bp, weights, ddof, microbatch, n)
 
 
-class _Moments(NamedTuple):
-    mean: PyTree
-    scatter: PyTree
-    mass: Array
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _moments(bp: Pairs, weights: Array | None, size: int | None, n: int) -> _Moments:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _jitted_moments(
+    bp: Pairs, weights: Array | None, ddof: int, size: int | None, n: int
+) -> Moments:
     def question(source: Source, weights: Array | None) -> tuple[Any, Any]:
-        mass = _mass(weights, source.n)
-        middle = _over(source.ask(lambda pair: pair.total(weights)), jnp.where(mass == 0, 1, mass))
-        scatter = source.ask(lambda pair, m: pair.scatter(m, weights), middle)
-        return (), _Moments(middle, scatter, mass)
+        found = source.ask(lambda pair: pair.moments(weights))
+        outer, inner = jax.tree.structure(source.learns()), jax.tree.structure((0, 0))
+        mass = in_shares(weights, source.n, _dtype(found))[0]
+        return (), Moments(mass, *jax.tree.transpose(outer, inner, found))
 
-    found = in_parts(bp, n, size, question, weights, _together)[1]
-    return found._replace(mean=_over(found.mean, jnp.where(found.mass == 0, jnp.nan, 1)))
+    found = in_parts(bp, n, size, question, weights, Moments.join)[1]
+    if weights is not None:  # of nothing there is no mean
+        scale = jnp.where(found.mass == 0, jnp.nan, 1).astype(found.mass.dtype)
+        found = found._replace(mean=_times(found.mean, scale))
+    if weights is not None or ddof:
+        scale = found.mass / (found.mass - ddof)
+        found = found._replace(variance=_times(found.variance, scale))
+    return found
 
 
-def _together(a: _Moments, b: _Moments) -> _Moments:
-    """The moments of two lots of examples, from those of each; zeros are of none."""
-    mass = a.mass + b.mass
-    share = jnp.where(mass == 0, 0, b.mass / jnp.where(mass == 0, 1, mass))
+def _dtype(tree: PyTree) -> Any:
+    leaves = jax.tree.leaves(tree)
+    return jnp.result_type(*leaves) if leaves else jnp.result_type(float)
 
-    def both(m: Array, s: Array, other: Array, others: Array) -> tuple[Array, Array]:
-        gap = other - m
-        part = share.astype(gap.dtype)
-        return m + part * gap, s + others + (a.mass.astype(gap.dtype) * part) * jnp.square(gap)
 
-    lots = (jax.tree.leaves(tree) for tree in (a.mean, a.scatter, b.mean, b.scatter))
-    pairs = list(zip(*[both(*at) for at in zip(*lots, strict=True)], strict=True)) or [(), ()]
-    tree = jax.tree.structure(a.mean)
-    middle, scatter = (jax.tree.unflatten(tree, leaves) for leaves in pairs)
-    return _Moments(middle, scatter, mass)
+def _times(tree: PyTree, scale: Array) -> PyTree:
+    return jax.tree.map(lambda v: v * scale.astype(v.dtype), tree)
 
 
 def noise_scale(
