@@ -121,6 +121,8 @@ from jbackprop.sweep import forward as forward
 from jbackprop.train import EarlyStopping as EarlyStopping
 from jbackprop.train import Fit as Fit
 from jbackprop.train import NonFiniteError as NonFiniteError
+from jbackprop.train import Privacy as Privacy
+from jbackprop.train import Private as Private
 from jbackprop.train import evaluate as evaluate
 from jbackprop.train import fit as fit
 

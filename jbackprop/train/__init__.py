@@ -1,8 +1,10 @@
 """Training with Optax."""
 
+from jbackprop.train.accounting import Privacy as Privacy
 from jbackprop.train.evaluation import evaluate as evaluate
 from jbackprop.train.fit import EarlyStopping as EarlyStopping
 from jbackprop.train.fit import Epoch as Epoch
 from jbackprop.train.fit import Fit as Fit
-from jbackprop.train.fit import NonFiniteError as NonFiniteError
 from jbackprop.train.fit import fit as fit
+from jbackprop.train.private import Private as Private
+from jbackprop.train.run import NonFiniteError as NonFiniteError

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
-from jbackprop.averages import State, check_folds, fold_batch_norm, mean_averages
-from jbackprop.diagnose.nonfinite import first_nonfinite
+from jbackprop.averages import State, check_folds
 from jbackprop.factored import PyTree
 from jbackprop.losses import Loss
-from jbackprop.objective import costs, value_grad_outputs
 from jbackprop.sweep import Node
+from jbackprop.train.accounting import Privacy
 from jbackprop.train.checks import check_batch_size, check_data
-from jbackprop.train.evaluation import Metric, evaluate, measure
+from jbackprop.train.evaluation import Metric, evaluate
+from jbackprop.train.private import Private, PrivateRun
 from jbackprop.train.progress import Progress
-
-_LOOK_EVERY = 200  # steps between two looks at the losses; a look waits for the device
+from jbackprop.train.run import Run, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +87,7 @@ class Fit:
         averages: by path, the statistics of every batch norm under params: means over the training
             data, in mini-batches as in training. `fold_batch_norm(net, params, averages)` is the
             network to predict and evaluate with. {} where there is no batch norm.
+        privacy: (epsilon, delta) and what they follow from, with `private`; else None.
     """
 
     params: PyTree
@@ -99,38 +96,7 @@ class Fit:
     stopped: str
     best_epoch: int | None
     averages: State = dataclasses.field(default_factory=dict)
-
-
-class NonFiniteError(FloatingPointError):
-    """The loss, or an update, became NaN or infinite.
-
-    Attributes:
-        step: the step, from 1, counted over all epochs.
-        place: where in the network it began.
-        params: the parameters before that step, all finite.
-        history: of the epochs before.
-    """
-
-    def __init__(self, message: str, step: int, place: str, params: PyTree, history: Any):
-        super().__init__(message)
-        self.step, self.place, self.params, self.history = step, place, params, history
-
-    def __reduce__(self) -> Any:
-        return type(self), (str(self), self.step, self.place, self.params, self.history)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Task:
-    """What is fixed while training, and hashable: the static part of a step."""
-
-    net: Node
-    loss: Loss
-    optimizer: optax.GradientTransformation
-    metrics: tuple[tuple[str, Metric], ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(name for name, _ in self.metrics)
+    privacy: Privacy | None = None
 
 
 def fit(
@@ -147,6 +113,7 @@ def fit(
     metrics: Mapping[str, Metric] | None = None,
     callbacks: Iterable[Callable[[Epoch], Any]] = (),
     early_stopping: EarlyStopping | None = None,
+    private: Private | None = None,
     progress: bool | None = None,
 ) -> Fit:
     """Train a network by the delta rule.
@@ -171,6 +138,11 @@ def fit(
         callbacks: each is called with an `Epoch` after every epoch; training stops when one returns
             something true.
         early_stopping: when to stop; the best parameters are then returned.
+        private: to train with differential privacy, see `Private`: in about n / batch_size steps an
+            epoch each example takes part by chance, and batch_size is what is expected of a
+            mini-batch. What was given away is in the `privacy` of the result, which needs
+            `pip install 'jbackprop[private]'`; history and callbacks are not private. Optimizers
+            that search along a line are refused the cost, which is not either.
         progress: whether to show progress on stderr; None: a bar for a terminal or a notebook,
             lines for a log file.
 
@@ -202,8 +174,16 @@ def fit(
         )
     if held_out:
         check_folds(net)
-    task = _Task(net, loss, optimizer, names)
-    run = _Run(task, params, x, y, size, key)
+    task = Task(net, loss, optimizer, names)
+    if private is None:
+        run = Run(task, params, x, y, size, key)
+    else:
+        if early_stopping and not early_stopping.monitor.startswith("validation_"):
+            raise ValueError(
+                f"EarlyStopping watches {early_stopping.monitor!r}, which is of the private data: "
+                "give validation data, and monitor its loss or metrics"
+            )
+        run = PrivateRun(task, params, x, y, size, key, private, epochs)
     keeper = _Keeper(early_stopping, params)
     hooks = tuple(callbacks)
     history: dict[str, list[float]] = {}
@@ -234,7 +214,7 @@ def fit(
         bar.close()
     best = keeper.params if early_stopping and keeper.epoch else run.params
     averages = run.averages(best)
-    return Fit(best, run.opt_state, history, stopped, keeper.epoch, averages)
+    return Fit(best, run.opt_state, history, stopped, keeper.epoch, averages, run.privacy())
 
 
 class _Keeper:
@@ -254,144 +234,3 @@ class _Keeper:
 
     def exhausted(self, number: int) -> bool:
         return self.rule is not None and number - (self.epoch or 0) >= self.rule.patience
-
-
-class _Run:
-    """The state of a training run, and its way through an epoch."""
-
-    def __init__(self, task: _Task, params: PyTree, x: Any, y: Any, size: int, key: Array):
-        self._task, self._size, self._key = task, size, key
-        self._x, self._y = (jax.tree.map(jnp.asarray, part) for part in (x, y))
-        self._n = len(jax.tree.leaves(y)[0])
-        self._step = 0
-        self.params = jax.tree.map(jnp.asarray, params)
-        self.opt_state = task.optimizer.init(self.params)
-        self._sound = (self.params, self.opt_state)
-
-    def epoch(self, number: int, history: Any) -> dict[str, float]:
-        """Go through the data once; the means over its examples of the loss and the metrics."""
-        sums: dict[str, float] = {}
-        waiting: list[tuple[Any, Any]] = []
-        before = (self.params, self.opt_state, self._step)
-        for batch in self._batches(number):
-            self.params, self.opt_state, means = _step(
-                self._task, self.params, self.opt_state, self._x, self._y, batch, self._draw()
-            )
-            self._step += 1
-            waiting.append((batch, means))
-            if len(waiting) == _LOOK_EVERY:
-                self._look(waiting, before, sums, history)
-                waiting, before = [], (self.params, self.opt_state, self._step)
-        self._look(waiting, before, sums, history)
-        return {name: sums[name] / self._n for name in ("loss", *self._task.names)}
-
-    def averages(self, params: PyTree) -> State:
-        """The statistics of all batch norms over the training data; the same for equal params."""
-        if not self._task.net.couples_examples:
-            return {}
-        batches = (_take(self._x, batch) for batch in self._batches(1))
-        return mean_averages(self._task.net, params, batches)
-
-    def folded(self) -> tuple[Node, PyTree]:
-        """The network to evaluate, and its parameters."""
-        if not self._task.net.couples_examples:
-            return self._task.net, self.params
-        return fold_batch_norm(self._task.net, self.params, self.averages(self.params))
-
-    def _batches(self, number: int) -> Iterator[np.ndarray | None]:
-        """The indices of each batch; None for the whole data as it is."""
-        if self._size == self._n:
-            yield None
-            return
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(self._key, number), self._n))
-        for start in range(0, self._n, self._size):
-            yield order[start : start + self._size]
-
-    def _draw(self) -> Array | None:
-        """This step's key for layers that draw; a stream of its own beside that of the epochs."""
-        if not self._task.net.draws:
-            return None
-        return jax.random.fold_in(jax.random.fold_in(self._key, 0), self._step)
-
-    def _look(
-        self, waiting: list[tuple[Any, Any]], before: Any, sums: dict[str, float], history: Any
-    ) -> None:
-        """Wait for the steps, add up their means, and stop at the first that is not finite."""
-        for batch, means in jax.device_get(waiting):
-            if not math.isfinite(means["loss"]):
-                self._explain(waiting, before, history)
-            size = self._n if batch is None else len(batch)
-            for name, mean in means.items():
-                sums[name] = sums.get(name, 0.0) + size * float(mean)
-        if waiting and not _all_finite(self.params):
-            self._explain(waiting, before, history)
-        self._sound = (self.params, self.opt_state)
-
-    def settle(self) -> None:
-        """After an interruption: back to the last parameters looked at, if these are not finite."""
-        if not _all_finite(self.params):
-            self.params, self.opt_state = self._sound
-
-    def _explain(self, waiting: list[tuple[Any, Any]], before: Any, history: Any) -> None:
-        """Take the steps again, one by one, up to the one that went wrong, and say where."""
-        params, opt_state, self._step = before
-        for batch, _ in waiting:
-            key = self._draw()
-            args = (self._task, params, opt_state, self._x, self._y, batch, key)
-            new, opt_state, means = _step(*args)
-            self._step += 1
-            loss = float(means["loss"])
-            if math.isfinite(loss) and _all_finite(new):
-                params = new
-                continue
-            x, y = _take(self._x, batch), _take(self._y, batch)
-            place = first_nonfinite(self._task.net, self._task.loss, params, x, y, key)
-            if place is None and not math.isfinite(loss):
-                place = f"the mean of the costs ({self._task.loss}), which overflows"
-            place = place or "the optimizer's update: the gradient is finite"
-            what = (
-                f"the loss became {loss}" if not math.isfinite(loss) else "the update is not finite"
-            )
-            raise NonFiniteError(
-                f"{what} at step {self._step}; it began in {place}. The parameters before that "
-                "step are in this error's .params. Often the learning rate is too high",
-                self._step,
-                place,
-                params,
-                history,
-            )
-
-
-def _all_finite(tree: PyTree) -> bool:
-    return not jax.tree.leaves(tree) or bool(_finite(tree))
-
-
-@jax.jit
-def _finite(tree: PyTree) -> Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
-
-
-def _take(tree: Any, batch: Any) -> Any:
-    if batch is None:
-        return tree
-    return jax.tree.map(lambda leaf: jnp.take(leaf, batch, axis=0), tree)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _step(
-    task: _Task, params: PyTree, opt_state: PyTree, x: Any, y: Any, batch: Any, key: Array | None
-) -> tuple[PyTree, PyTree, dict[str, Array]]:
-    """One step: new parameters and state, and the means over the batch of loss and metrics."""
-    x, y = _take(x, batch), _take(y, batch)
-    value, grads, outputs = value_grad_outputs(
-        task.net, task.loss, params, x, y, key=key, outputs=bool(task.metrics)
-    )
-
-    def value_fn(params: PyTree) -> Array:  # for optimizers that search along a line
-        return jnp.mean(costs(task.net, task.loss, params, x, y, key))
-
-    updates, opt_state = optax.with_extra_args_support(task.optimizer).update(
-        grads, opt_state, params, value=value, grad=grads, value_fn=value_fn
-    )
-    means = {"loss": value} | {k: jnp.mean(v) for k, v in measure(task.metrics, outputs, y)}
-    return optax.apply_updates(params, updates), opt_state, means

@@ -1,0 +1,188 @@
+"""Training with differential privacy."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from jbackprop.factored import PyTree
+from jbackprop.gradient import refuse_coupling
+from jbackprop.per_example.clipping import (
+    Scheme,
+    check_bounds,
+    clipped_sums,
+    noised,
+    sensitivity_of,
+)
+from jbackprop.per_example.source import Deferred
+from jbackprop.structure import trainable_mask
+from jbackprop.train.accounting import Privacy, epsilon_of, noise_multiplier
+from jbackprop.train.evaluation import measure
+from jbackprop.train.run import Run, Task, take
+
+
+@dataclasses.dataclass(frozen=True)
+class Private:
+    """How to train privately, by DP-SGD: `jbackprop.fit(..., private=Private(...))`.
+
+    In every step each example of the data is drawn with the probability batch_size / n, whatever
+    the others do (Poisson sampling), its gradient is clipped, and the optimizer gets
+
+        (sum of clipped gradients + N(0, (noise_multiplier * max_norm)^2 I)) / batch_size
+
+    Source: Abadi, Chu, Goodfellow, McMahan, Mironov, Talwar and Zhang, Deep learning with
+    differential privacy (2016), algorithm 1.
+
+    Attributes:
+        max_norm: of the gradient of one example's own cost; or by layer, as in
+            `per_example.clipped_gradient`.
+        noise_multiplier: give it, or epsilon.
+        epsilon: what all epochs together may give away; the noise follows from it.
+        delta: well below one over the number of examples.
+        scheme: how gradients are clipped; see `per_example.clipped_gradient`.
+        microbatch: so many examples at a time; bounds the memory, and changes nothing else.
+
+    Raises:
+        ValueError: both or neither of noise_multiplier and epsilon, or values out of range.
+    """
+
+    max_norm: float | Mapping[str, float]
+    noise_multiplier: float | None = None
+    epsilon: float | None = None
+    delta: float = 1e-5
+    scheme: Scheme = "flat"
+    microbatch: int | None = None
+
+    def __post_init__(self) -> None:
+        check_bounds(self.max_norm, self.scheme)
+        if (self.noise_multiplier is None) == (self.epsilon is None):
+            raise ValueError("Private: give either noise_multiplier or epsilon, and not both")
+        if self.noise_multiplier is not None and not 0 <= self.noise_multiplier < math.inf:
+            raise ValueError(
+                f"Private: noise_multiplier must be finite and at least 0: {self.noise_multiplier}"
+            )
+        if self.epsilon is not None and not 0 < self.epsilon < math.inf:
+            raise ValueError(f"Private: epsilon must be positive and finite, not {self.epsilon}")
+        if not 0 < self.delta < 1:
+            raise ValueError(f"Private: delta must be between 0 and 1, not {self.delta}")
+
+    def multiplier(self, probability: float, steps: int) -> float:
+        """The noise multiplier, found by `dp_accounting` where only epsilon is given."""
+        if self.noise_multiplier is not None:
+            return float(self.noise_multiplier)
+        assert self.epsilon is not None
+        return noise_multiplier(self.epsilon, self.delta, probability, steps)
+
+    def report(self, multiplier: float, probability: float, steps: int) -> Privacy:
+        """What so many steps amount to."""
+        epsilon = epsilon_of(multiplier, probability, steps, self.delta)
+        return Privacy(epsilon, self.delta, multiplier, probability, steps)
+
+
+class PrivateRun(Run):
+    """The same, by DP-SGD."""
+
+    def __init__(
+        self,
+        task: Task,
+        params: PyTree,
+        x: Any,
+        y: Any,
+        size: int,
+        key: Array,
+        private: Private,
+        epochs: int,
+    ):
+        refuse_coupling(task.net, "the gradient of one of them")
+        task = dataclasses.replace(task, scheme=private.scheme, microbatch=private.microbatch)
+        super().__init__(task, params, x, y, size, key)
+        self._private, self._steps = private, -(-self._n // size)
+        self._probability = size / self._n
+        self._multiplier = private.multiplier(self._probability, epochs * self._steps)
+        self.privacy()  # it raises now rather than after all is done
+        self._places = _capacity(size, self._n)
+
+    def privacy(self) -> Privacy:
+        return self._private.report(self._multiplier, self._probability, self._step)
+
+    def _batches(self, number: int) -> Iterator[np.ndarray | None]:
+        for _ in range(self._steps):
+            yield _drawn(self._keys()[0], self._size, self._n)
+
+    def _advance(self, params: PyTree, opt_state: PyTree, batch: Any) -> tuple[Any, Any, Any]:
+        return _step(
+            self._task, params, opt_state, self._x, self._y, *_padded(batch, self._places),
+            self._places, self._draw(), self._keys()[1], self._private.max_norm, self._multiplier,
+            self._size,
+        )  # fmt: skip
+
+    def _keys(self) -> Array:
+        """Of this step: to draw the examples, and for the noise. Apart from those of `Run`."""
+        own = jax.random.fold_in(self._key, 2**32 - 1)
+        return jax.random.split(jax.random.fold_in(own, self._step))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 7))
+def _step(
+    task: Task,
+    params: PyTree,
+    opt_state: PyTree,
+    x: Any,
+    y: Any,
+    batch: Array,
+    weights: Array,
+    places: int,
+    key: Array | None,
+    noise_key: Array,
+    max_norm: Any,
+    multiplier: Array,
+    size: Array,
+) -> tuple[PyTree, PyTree, dict[str, Array]]:
+    """One step of DP-SGD, of the examples of `batch` whose weight is 1."""
+    x, y = take(x, batch), take(y, batch)
+    bp = Deferred(params, x, y, key, task.net, task.loss)
+    at_once = min(places, task.microbatch or places)
+    assert task.scheme is not None
+    sums, found = clipped_sums(bp, max_norm, weights, task.scheme, "auto", at_once, batch.shape[0])
+    grads = noised(
+        noise_key, sums, trainable_mask(task.net, params),
+        multiplier * sensitivity_of(max_norm), size, params,
+    )  # fmt: skip
+    # Neither the value nor a way to ask for it: they are of the data.
+    updates, opt_state = optax.with_extra_args_support(task.optimizer).update(
+        grads, opt_state, params
+    )
+    values = {"loss": found.losses} | dict(measure(task.metrics, found.outputs, y))
+    count = jnp.maximum(jnp.sum(weights), 1)
+    means = {
+        name: jnp.sum(jnp.where(weights == 0, 0, v)) / count.astype(v.dtype)
+        for name, v in values.items()
+    }
+    return optax.apply_updates(params, updates), opt_state, means
+
+
+def _capacity(size: int, n: int) -> int:
+    """How many places a mini-batch of `size` expected examples of n has: seldom too few."""
+    return min(n, math.ceil(size + 4 * math.sqrt(size * (1 - size / n))))
+
+
+def _drawn(key: Array, size: int, n: int) -> np.ndarray:
+    """The examples of one step: each of n, by itself, with the probability size / n."""
+    return np.flatnonzero(np.asarray(jax.random.bernoulli(key, size / n, (n,))))
+
+
+def _padded(batch: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices, filled up to a multiple of `places`, and weights: 0 where it is filled up."""
+    total = places * max(1, -(-len(batch) // places))
+    indices, weights = np.zeros(total, np.int32), np.zeros(total, np.float32)
+    indices[: len(batch)], weights[: len(batch)] = batch, 1
+    return indices, weights
