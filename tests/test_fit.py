@@ -246,9 +246,9 @@ def test_ctrl_c_never_returns_parameters_that_are_not_finite(params):
         return jax.tree.map(lambda g: g * jnp.where(state == 1, jnp.nan, 1.0), grads), state + 1
 
     poisoned = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros((), int), update)
-    module = sys.modules["jbackprop.train.fit"]  # its name in jb is that of the function
-    task = module._Task(NET, LOSS, poisoned, ())
-    state = module._Run(task, params, X, Y, 50, jax.random.key(0))
+    module = sys.modules["jbackprop.train.run"]
+    task = module.Task(NET, LOSS, poisoned, ())
+    state = module.Run(task, params, X, Y, 50, jax.random.key(0))
     for b in state._batches(1):
         state.params, state.opt_state, _ = module._step(
             task, state.params, state.opt_state, state._x, state._y, b, None
@@ -270,7 +270,7 @@ def test_numpys_integers_are_integers(params):
 
 
 def test_one_compilation_for_equal_calls(params):
-    step = sys.modules["jbackprop.train.fit"]._step
+    step = sys.modules["jbackprop.train.run"]._step
     optimizer = optax.sgd(0.123)
     before = step._cache_size()
     for _ in range(3):

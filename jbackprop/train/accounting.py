@@ -35,8 +35,10 @@ class Privacy(NamedTuple):
 
 
 def noise_multiplier(epsilon: float, delta: float, probability: float, steps: int) -> float:
-    """The least one by which so many steps give away no more than (epsilon, delta)."""
+    """The least by which so many steps give away no more than (epsilon, delta); at least 0.3."""
     accounting = _accounting()
+    if epsilon_of(_TIGHT, probability, steps, delta) <= epsilon:
+        return _TIGHT
     return float(
         accounting.calibrate_dp_mechanism(
             accounting.pld.PLDAccountant,
@@ -77,4 +79,4 @@ def epsilon_of(multiplier: float, probability: float, steps: int, delta: float) 
     tight = multiplier >= _TIGHT
     accountant = accounting.pld.PLDAccountant() if tight else accounting.rdp.RdpAccountant()
     accountant.compose(_event(multiplier, probability, steps))
-    return float(accountant.getepsilon_of(delta))
+    return float(accountant.get_epsilon(delta))

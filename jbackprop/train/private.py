@@ -23,7 +23,7 @@ from jbackprop.per_example.clipping import (
     noised,
     sensitivity_of,
 )
-from jbackprop.per_example.source import Deferred
+from jbackprop.per_example.source import Deferred, check_microbatch
 from jbackprop.structure import trainable_mask
 from jbackprop.train.accounting import Privacy, epsilon_of, noise_multiplier
 from jbackprop.train.evaluation import measure
@@ -46,7 +46,8 @@ class Private:
         max_norm: of the gradient of one example's own cost; or by layer, as in
             `per_example.clipped_gradient`.
         noise_multiplier: give it, or epsilon.
-        epsilon: what all epochs together may give away; the noise follows from it.
+        epsilon: what all epochs together may give away; the noise follows from it, a multiplier of
+            0.3 at least.
         delta: well below one over the number of examples.
         scheme: how gradients are clipped; see `per_example.clipped_gradient`.
         microbatch: so many examples at a time; bounds the memory, and changes nothing else.
@@ -64,6 +65,7 @@ class Private:
 
     def __post_init__(self) -> None:
         check_bounds(self.max_norm, self.scheme)
+        check_microbatch(self.microbatch)
         if (self.noise_multiplier is None) == (self.epsilon is None):
             raise ValueError("Private: give either noise_multiplier or epsilon, and not both")
         if self.noise_multiplier is not None and not 0 <= self.noise_multiplier < math.inf:
@@ -108,6 +110,9 @@ class PrivateRun(Run):
         self._private, self._steps = private, -(-self._n // size)
         self._probability = size / self._n
         self._multiplier = private.multiplier(self._probability, epochs * self._steps)
+        # Two streams apart from those of `Run`: to draw the examples, and for the noise.
+        sampling, self._noise = jax.random.split(jax.random.fold_in(self._key, 2**32 - 1))
+        self._sampling = np.asarray(jax.random.key_data(sampling)).ravel().tolist()
         self.privacy()  # it raises now rather than after all is done
         self._places = _capacity(size, self._n)
 
@@ -116,19 +121,15 @@ class PrivateRun(Run):
 
     def _batches(self, number: int) -> Iterator[np.ndarray | None]:
         for _ in range(self._steps):
-            yield _drawn(self._keys()[0], self._size, self._n)
+            own = np.random.default_rng([*self._sampling, self._step])
+            yield np.flatnonzero(own.random(self._n) < self._probability)
 
     def _advance(self, params: PyTree, opt_state: PyTree, batch: Any) -> tuple[Any, Any, Any]:
         return _step(
             self._task, params, opt_state, self._x, self._y, *_padded(batch, self._places),
-            self._places, self._draw(), self._keys()[1], self._private.max_norm, self._multiplier,
-            self._size,
+            self._places, self._draw(), self._noise, self._step, self._private.max_norm,
+            self._multiplier, self._size,
         )  # fmt: skip
-
-    def _keys(self) -> Array:
-        """Of this step: to draw the examples, and for the noise. Apart from those of `Run`."""
-        own = jax.random.fold_in(self._key, 2**32 - 1)
-        return jax.random.split(jax.random.fold_in(own, self._step))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 7))
@@ -143,6 +144,7 @@ def _step(
     places: int,
     key: Array | None,
     noise_key: Array,
+    step: Array,
     max_norm: Any,
     multiplier: Array,
     size: Array,
@@ -154,7 +156,7 @@ def _step(
     assert task.scheme is not None
     sums, found = clipped_sums(bp, max_norm, weights, task.scheme, "auto", at_once, batch.shape[0])
     grads = noised(
-        noise_key, sums, trainable_mask(task.net, params),
+        jax.random.fold_in(noise_key, step), sums, trainable_mask(task.net, params),
         multiplier * sensitivity_of(max_norm), size, params,
     )  # fmt: skip
     # Neither the value nor a way to ask for it: they are of the data.
@@ -175,12 +177,7 @@ def _capacity(size: int, n: int) -> int:
     return min(n, math.ceil(size + 4 * math.sqrt(size * (1 - size / n))))
 
 
-def _drawn(key: Array, size: int, n: int) -> np.ndarray:
-    """The examples of one step: each of n, by itself, with the probability size / n."""
-    return np.flatnonzero(np.asarray(jax.random.bernoulli(key, size / n, (n,))))
-
-
-def _padded(batch: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
+def _padded(batch: Any, places: int) -> tuple[Any, Any]:
     """Indices, filled up to a multiple of `places`, and weights: 0 where it is filled up."""
     total = places * max(1, -(-len(batch) // places))
     indices, weights = np.zeros(total, np.int32), np.zeros(total, np.float32)
