@@ -26,6 +26,8 @@ TESTED = {
     "symmetry",
     "inside_equinox",
     "mnist_cnn",
+    "mislabelled_digits",
+    "noise_scale",
 }
 
 
@@ -196,6 +198,32 @@ def test_mnist_cnn() -> None:
     assert found["accuracy"] > 0.8
     assert list(found["before"]) == ["layers[0]", "layers[3]", "layers[7]", "layers[9]"]
     assert found["after"]["layers[9]"] < 0.6 * found["before"]["layers[9]"]
+
+
+def test_mislabelled_digits(tmp_path: Path) -> None:
+    module, path = example("mislabelled_digits"), tmp_path / "new" / "digits.png"
+    found = module.main(examples=1000, networks=2, too_many=6, output=path)
+    precision = {name: by_epoch[5] for name, by_epoch in found["precision"].items()}
+    assert found["wrong"].sum() == 50  # so that chance is 5 %
+    assert all(by_epoch[0] < 0.2 for by_epoch in found["precision"].values())
+    assert precision[module.NORM] > 0.5
+    assert min(precision[name] for name in (module.COST, module.EL2N)) > 0.65
+    assert precision[module.BY_LENGTH] > max(0.6, precision[module.NORM])
+    assert found["wrong"][found["order"][:10]].sum() >= 9
+    assert not found["wrong"][found["odd"]].any()
+    assert is_png(path)
+
+
+def test_noise_scale(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "noise.png"
+    found = example("noise_scale").main(target=0.6, examples=1000, starts=2, output=path)
+    assert found["losses"][0] > 2 > 0.6 > found["losses"][-1]
+    assert 1 / 3 < found["foretold"] / found["measured"] < 3
+    assert 2**-0.5 <= found["chosen"] / found["foretold"] <= 2**0.5
+    s_min, e_min = found["least"]
+    for size, steps in found["steps"].items():
+        assert steps == pytest.approx(s_min + e_min / size, rel=0.3)
+    assert is_png(path)
 
 
 def test_char_gpt() -> None:

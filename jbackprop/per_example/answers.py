@@ -49,7 +49,7 @@ def check_question(
 
 def summed(found: PyTree, n: int) -> Array:
     """The sum over all parameters and copies of what belongs to the examples: (B,)."""
-    leaves = [jnp.sum(v.reshape(-1, n), axis=0) for v in jax.tree.leaves(found)]
+    leaves = [jnp.sum(v, axis=tuple(range(v.ndim - 1))) for v in jax.tree.leaves(found)]  # (..., n)
     if not leaves:
         return jnp.zeros(n)
     dtype = functools.reduce(jnp.promote_types, [v.dtype for v in leaves])

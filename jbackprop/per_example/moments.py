@@ -145,9 +145,9 @@ def _jitted_moments(
 ) -> Moments:
     def question(source: Source, weights: Array | None) -> tuple[Any, Any]:
         found = source.ask(lambda pair: pair.moments(weights))
-        outer, inner = jax.tree.structure(source.learns()), jax.tree.structure((0, 0))
+        tree, leaves = jax.tree.structure(source.learns()), jax.tree.leaves(found)
         mass = in_shares(weights, source.n, _dtype(found))[0]
-        return (), Moments(mass, *jax.tree.transpose(outer, inner, found))
+        return (), Moments(mass, *(jax.tree.unflatten(tree, leaves[i::2]) for i in (0, 1)))
 
     found = in_parts(bp, n, size, question, weights, Moments.join)[1]
     if weights is not None:  # of nothing there is no mean
@@ -241,7 +241,7 @@ def _noise_scale(
         by_path = (at.shown(at.by_layer(tree)) for tree in (each, lengths))
         parts = zip(*(found.items() for found in by_path), strict=True)
         return OrderedDict((path, scale(e, length)) for (path, e), (_, length) in parts)
-    return scale(summed(each, 1)[0], summed(lengths, 1)[0])
+    return scale(_whole(each), _whole(lengths))
 
 
 def cosine_to_mean(
@@ -267,8 +267,7 @@ def cosine_to_mean(
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _cosine(bp: Pairs, weights: Array | None, size: int | None, n: int) -> Array:
     middle = _mean(bp, weights, size, n)
-    squares = [jnp.sum(jnp.square(m)) for m in jax.tree.leaves(middle)]
-    length = jnp.sqrt(functools.reduce(jnp.add, squares)) if squares else jnp.zeros(())
+    length = jnp.sqrt(_whole(jax.tree.map(jnp.square, middle)))
 
     def question(source: Source, weights: Array | None) -> tuple[Any, Any]:
         along = summed(source.ask(lambda pair, m: pair.project(m), middle), source.n)
@@ -286,6 +285,11 @@ def _check(bp: Pairs, weights: Any, microbatch: Any) -> tuple[int, Array | None]
     if n == 0:
         raise ValueError("the batch is empty: it has no mean gradient")
     return n, weights
+
+
+def _whole(tree: PyTree) -> Array:
+    """The sum of all entries."""
+    return summed([jnp.sum(v)[None] for v in jax.tree.leaves(tree)], 1)[0]
 
 
 def _mass(weights: Array | None, n: int) -> Array:
