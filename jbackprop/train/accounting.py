@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ class Privacy(NamedTuple):
         return epsilon_of(self.noise_multiplier, self.sampling_probability, steps, self.delta)
 
 
+@functools.lru_cache(maxsize=256)
 def noise_multiplier(epsilon: float, delta: float, probability: float, steps: int) -> float:
     """The least by which so many steps give away no more than (epsilon, delta); at least 0.3."""
     accounting = _accounting()
