@@ -246,7 +246,7 @@ class Factored(abc.ABC):
             g, own = part[0].each(), part[1]
             mass, shares = in_shares(own, g.shape[0], g.dtype)
             g = present(shares, g)
-            mean = jnp.tensordot(shares, g, 1)
+            mean = over_examples(shares, g)
             return (), Moments(mass, mean, weighted_square(g - mean[None], shares))
 
         n = self.size
@@ -401,8 +401,13 @@ def scan_examples(
 def weighted_square(g: Array, weights: Array | None) -> Array:
     """sum_n weights_n g_n * g_n of g (B, ...)."""
     if weights is None:
-        return jnp.sum(jnp.square(g), axis=0)
-    return jnp.sum(_column(weights.astype(g.dtype), g) * jnp.square(present(weights, g)), axis=0)
+        weights = jnp.ones(g.shape[0], g.dtype)
+    return over_examples(weights.astype(g.dtype), jnp.square(present(weights, g)))
+
+
+def over_examples(weights: Array, values: Array) -> Array:
+    """sum_n weights_n values_n of values (B, ...): a product of matrices, which XLA does faster."""
+    return jnp.tensordot(weights, values, 1, precision=lax.Precision.HIGHEST)
 
 
 def flat(pair: Factored) -> Array:

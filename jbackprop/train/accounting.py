@@ -48,6 +48,7 @@ def noise_multiplier(epsilon: float, delta: float, probability: float, steps: in
             epsilon,
             delta,
             accounting.LowerEndpointAndGuess(_TIGHT, 1.0),
+            tol=1e-4,
         )
     )
 
