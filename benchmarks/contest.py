@@ -129,8 +129,8 @@ def difference(found: Any, wanted: Any) -> float:
     a, b = (jax.tree.map(lambda g: np.asarray(g, np.float64), tree) for tree in (found, wanted))
     pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
     largest = max(np.linalg.norm(w) for _, w in pairs)
-    return max(float(np.linalg.norm(f - w) / max(np.linalg.norm(w), 1e-3 * largest))
-               for f, w in pairs)  # fmt: skip
+    gaps = [np.linalg.norm(f - w) / max(np.linalg.norm(w), 1e-3 * largest) for f, w in pairs]
+    return float(np.max(gaps))  # NaN where one is
 
 
 def temp_bytes(compiled: Any) -> int:
@@ -296,7 +296,7 @@ def machine() -> dict[str, object]:
     }
 
 
-def save(path: str, results: Sequence[Result]) -> None:
+def save(path: str, results: Sequence[Any]) -> None:
     """Write results with the machine that they are from; workloads measured earlier stay."""
     file = Path(path)
     new = {r.workload for r in results}

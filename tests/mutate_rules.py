@@ -58,16 +58,17 @@ RULES = {
     "compose/*.py": "*.backward *.invert",
     "sweep.py": "backward _layer_backward leafwise",
     "factored/*.py": "*.total *.each *.square_norm *.second_moment *.dot *.gram *.stacked *.restore"
-    " *.of *._summands *._sum *._same_form _* present weighted wide_dtype wide_square flat einsum"
+    " *.project *.moments *.copies *.canonical *.join in_blocks in_shares scan_examples"
+    " over_examples *.of *._summands *._sum *._same_form _* present weighted wide_dtype wide_square flat einsum"
     " depth_into_groups stacked_place",
     "factored/patches.py": "*.outputs *.spread_size *.correlate *.back *.turned *.kernel_gradient"
     " *.patches *.outer",
 }
 """The rules of each file, as patterns of qualified names; a file has those of all that match it."""
 
-LAYER = r"rules.*(adjoint|slope|linear|loop|jax_grad|question).*\[OWNER\("
-NETWORK = r"rules.*(jax_grad|question).*\[(Dense|Sequential)"
-COMPOSITE = r"rules.*(adjoint|loop|jax_grad|question).*\[OWNER\("
+LAYER = r"(rules.*(adjoint|slope|linear|loop|jax_grad)|per_example.*question).*\[OWNER\("
+NETWORK = r"(rules.*jax_grad|per_example.*question).*\[(Dense|Sequential)"
+COMPOSITE = r"(rules.*(adjoint|loop|jax_grad)|per_example.*question).*\[OWNER\("
 TRANSPORT = "rules.*transport"
 GRADIENT = "gradient.*(collect|transport|hands_out|weight|steps|mixed|ids)"
 KILLERS = {
@@ -99,11 +100,11 @@ KILLERS = {
         NETWORK, TRANSPORT, GRADIENT, "edges.*mask", r"bad_input.*\[(no|a) delta"
     ],
     "factored/patches.py": ["convolution.*(kernel|pytorchs|patches)"],
-    "factored/other.py": ["gradient.*coupled", "compose.*frozen", r"rules.*question.*\[(Frozen|Tied)"],
-    "factored/shift.py": [r"rules.*question.*\[(Gain|LayerNorm|Positions|Repeat)"],
-    "factored/lookup.py": [r"rules.*question.*\[(Embedding|Tied)", "embedding"],
+    "factored/other.py": ["gradient.*coupled", "compose.*frozen", r"per_example.*question.*\[(Frozen|Tied)"],
+    "factored/shift.py": [r"per_example.*question.*\[(Gain|LayerNorm|Positions|Repeat)"],
+    "factored/lookup.py": [r"per_example.*question.*\[(Embedding|Tied)", "embedding"],
     "factored/": [
-        "factored", r"rules.*question.*\[Dense\(6, 4\)", "gradient.*(steps|weight_is)", "FILE"
+        "factored", "per_example.*(few_examples|variance|tied|leak|projections|same)", r"per_example.*question.*\[Dense\(6, 4\)", "gradient.*(steps|weight_is)", "FILE"
     ],
 }  # fmt: skip
 """The tests for the rules of each folder or file, by name, in their order.

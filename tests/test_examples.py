@@ -17,6 +17,7 @@ import jbackprop as jb
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TESTED = {
+    "private_digits",
     "adding_problem",
     "char_gpt",
     "worked_example",
@@ -234,3 +235,11 @@ def test_char_gpt() -> None:
     assert found["bits"] < found["by frequency"] + 0.1
     assert len(found["sample"]) == 20
     assert [len(norms) for norms in found["deltas"]] == [2, 2]
+
+
+def test_privacy_costs_accuracy_and_less_of_it_for_a_larger_epsilon(capsys: Any) -> None:
+    accuracies = example("private_digits").main(6, 2000, (0.05, 8.0))
+    assert accuracies[float("inf")] > accuracies[8.0] > accuracies[0.05]
+    assert accuracies[8.0] > 0.6
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["8.00", "1e-05"] for line in lines)

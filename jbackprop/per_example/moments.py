@@ -16,22 +16,26 @@ from jbackprop.per_example.source import Pairs, Source, in_parts
 
 
 class NoiseScale(NamedTuple):
-    """The noise scale of a gradient, and the two estimates that it is the ratio of.
+    """What the noise scale of a gradient is the ratio of: two estimates without a bias.
 
-    To follow it through training, average `trace` and `gradient_square_norm` over steps and divide
-    then: the ratio of one mini-batch is biased and noisy.
+    The ratio of one mini-batch is noisy, and biased. To follow it through training, average several
+    of these (`jax.tree.map`), and ask their mean for `simple`.
 
     Attributes:
-        simple: B_simple = trace / gradient_square_norm, in examples; infinite where the estimate of
-            the latter is not positive, as it may be by chance.
-        trace: an unbiased estimate of tr(Sigma), Sigma being the covariance of the gradients g_n of
-            single examples.
-        gradient_square_norm: an unbiased estimate of |G|^2, G being the expectation of g_n.
+        trace: of tr(Sigma), Sigma being the covariance of the gradients g_n of single examples.
+        gradient_square_norm: of |G|^2, G being the expectation of g_n; by chance not positive.
     """
 
-    simple: Array
     trace: Array
     gradient_square_norm: Array
+
+    @property
+    def simple(self) -> Array:
+        """B_simple = tr(Sigma) / |G|^2, in examples; infinite where |G|^2 is not positive."""
+        positive = self.gradient_square_norm > 0
+        return jnp.where(
+            positive, self.trace / jnp.where(positive, self.gradient_square_norm, 1), jnp.inf
+        )
 
 
 def mean(bp: Pairs, *, weights: Array | None = None, microbatch: int | None = None) -> PyTree:
@@ -231,10 +235,7 @@ def _noise_scale(
 
     def scale(each: Array, length: Array) -> NoiseScale:
         trace = jnp.maximum((each - length) / jnp.asarray(1 - share, each.dtype), 0)
-        square = each - trace
-        positive = square > 0
-        simple = jnp.where(positive, trace / jnp.where(positive, square, 1), jnp.inf)
-        return NoiseScale(simple, trace, square)
+        return NoiseScale(trace, each - trace)
 
     if per_layer:
         at = sources[0]
