@@ -115,6 +115,7 @@ def test_noise_is_new_in_each_step_and_of_the_size_that_is_accounted_for():
     assert result.privacy.steps == 8
 
 
+@pytest.mark.newest
 def test_epsilon_is_that_of_dp_accounting():
     result = fit(jb.Private(1.0, noise_multiplier=1.3, delta=1e-4), batch_size=10, epochs=3)
     step = dp_accounting.PoissonSampledDpEvent(0.25, dp_accounting.GaussianDpEvent(1.3))
@@ -127,6 +128,7 @@ def test_epsilon_is_that_of_dp_accounting():
     assert 100 < little < np.inf
 
 
+@pytest.mark.newest
 def test_noise_that_is_asked_for_by_epsilon():
     wanted = fit(jb.Private(1.0, epsilon=4.0), batch_size=10, epochs=2).privacy
     assert 3.99 < wanted.epsilon <= 4.0
@@ -176,8 +178,27 @@ def test_what_cannot_be_private_is_refused():
     net = jb.Sequential(jb.Dense(4, 3), jb.BatchNorm(3))
     with pytest.raises(ValueError, match=r"layers\[1\] .*BatchNorm.* couples the examples"):
         fit(private, net=net)
-    with pytest.raises(TypeError, match="value"):
+    with pytest.raises(TypeError, match=r"cost, which is of the private data.*value"):
         fit(private, optimizer=optax.lbfgs())
+    with pytest.raises(ValueError, match="cannot be called 'validation_a'"):
+        fit(private, metrics={"validation_a": jb.metrics.accuracy},
+            early_stopping=jb.EarlyStopping(monitor="validation_a"))  # fmt: skip
+
+
+def test_a_step_is_counted_before_it_is_done(monkeypatch):
+    step = private_module._step
+    calls = []
+
+    def interrupted(*args):
+        found = step(*args)
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(private_module, "_step", interrupted)
+    result = fit(jb.Private(1.0, noise_multiplier=1.0), batch_size=8)
+    assert (result.stopped, result.privacy.steps) == ("interrupted", 3)
 
 
 @pytest.mark.newest

@@ -59,6 +59,12 @@ def each_grad(net, loss, params, x, y):
     return jax.vmap(jax.grad(one), in_axes=(None, 0, 0))(params, x, y)
 
 
+def rows(tree):
+    """The leaves of a tree of (B, ...) side by side, (B, P)."""
+    leaves = [np.asarray(v).reshape(len(v), -1) for v in jax.tree.leaves(tree)]
+    return np.concatenate(leaves, axis=1) if leaves else np.zeros((0, 0))
+
+
 def verdict(fun, *args, candidate=None, **options):
     """What `jb.check.gradient` says of a candidate; by default of `jax.grad`'s."""
     candidate = jax.grad(fun)(*args) if candidate is None else candidate

@@ -293,7 +293,7 @@ class Factored(abc.ABC):
         return type(other) is type(self) and mine == dataclasses.replace(other.home, path="")
 
 
-_AT_ONCE = 1 << 20
+AT_ONCE = 1 << 20
 """Numbers written out at once, about."""
 
 
@@ -306,7 +306,7 @@ def in_blocks(
         f: gives what belongs to each example (b, ...), or their sum.
         tree: of arrays (n, ...).
         n: the number of examples.
-        entries: so many numbers that about `_AT_ONCE` are written at once.
+        entries: so many numbers that about `AT_ONCE` are written at once.
         summed: whether the results of f are to be added up rather than joined.
     """
     size = block_size(n, entries)
@@ -319,7 +319,7 @@ def in_blocks(
 
 def block_size(n: int, entries: int) -> int:
     """How many of n examples are taken at once, if `entries` are written out for each."""
-    blocks = min(-(-n * max(entries, 1) // _AT_ONCE), n)
+    blocks = min(-(-n * max(entries, 1) // AT_ONCE), n)
     return -(-n // max(blocks, 1))
 
 

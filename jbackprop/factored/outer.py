@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jbackprop.factored.base import (
+    AT_ONCE,
     Factored,
     Method,
     Place,
@@ -54,8 +55,31 @@ class Outer(Factored):
 
     def _centred(self) -> tuple[Array, Array]:
         """The activations, `centred`; those of positions without a delta have no part in it."""
-        there = jnp.any(self.delta != 0, axis=3, keepdims=True)
+        there = jnp.any(self.delta != 0, axis=3, keepdims=True) | ~jnp.isfinite(self.a)
         return centred(jnp.where(there, self.a, jnp.zeros((), self.a.dtype)))
+
+    def _written_out(self) -> Array:
+        """|g_n|^2 from the gradients; of wide layers for some outputs at a time."""
+        (n, g, _, i), o = self.a.shape, self.delta.shape[3]
+        width = max(1, min(o, AT_ONCE // max(g * i, 1)))
+        chunks = -(-o // width)
+
+        def squares(delta: Array) -> Array:
+            def some(pair: tuple[Array, Array]) -> Array:
+                return jnp.sum(jnp.square(einsum("ngti,ngto->ngio", *pair)), axis=(1, 2, 3))
+
+            return in_blocks(some, (self.a, delta), n, g * i * width)
+
+        if chunks <= 1:
+            return squares(self.delta)
+        delta = jnp.pad(self.delta, ((0, 0), (0, 0), (0, 0), (0, chunks * width - o)))
+        delta = jnp.moveaxis(delta.reshape(*delta.shape[:3], chunks, width), 3, 0)
+        return jnp.sum(lax.map(squares, delta), axis=0)
+
+    def _size_of_terms(self) -> Array:
+        """(sum_t |a_t| |delta_t|)^2 over all groups, (B,)."""
+        a, delta = (jnp.sqrt(jnp.sum(wide_square(v), axis=3)) for v in (self.a, self.delta))
+        return jnp.sum(jnp.square(jnp.sum(a * delta, axis=2)), axis=1)
 
     def stacked(self) -> Outer:
         place = stacked_place(self.place, self.a.shape[0])
@@ -131,13 +155,18 @@ class Outer(Factored):
         if method == "materialise" or (
             method == "auto" and t * s * (i + o) > (t + s) * i * o and not t == s == 1
         ):
-            if other is self:
-                return super().square_norm()
-            return super().dot(other)
+            return self._written_out() if other is self else super().dot(other)
+        if 0 in (t, s):
+            return jnp.zeros(self.size, wide_dtype(jnp.result_type(self.a, self.delta)))
         entries = 0 if t == s == 1 else 2 * self.a.shape[1] * t * s
         if other is self:
             products = in_blocks(lambda p: _inner(p, p), self, self.size, entries)
-            return jnp.maximum(products, 0)
+            if t == 1:
+                return products
+            # Where the positions cancel, the entries of the Gram matrices are much larger than
+            # their sum, which then is hardly more than their rounding.
+            least = 1024 * jnp.finfo(products.dtype).eps * self._size_of_terms()
+            return lax.cond(jnp.all(products >= least), lambda: products, self._written_out)
         return in_blocks(lambda pairs: _inner(*pairs), (self, other), self.size, entries)
 
     def gram(self, other: Factored, method: Method = "auto") -> Array:
@@ -148,6 +177,8 @@ class Outer(Factored):
             method == "auto" and t * s * (i + o) > i * o and not t == s == 1
         ):
             return super().gram(other)
+        if 0 in (t, s):
+            return jnp.zeros((n, m), wide_dtype(jnp.result_type(self.a, self.delta)))
         return in_blocks(lambda p: _inner(p, other, "m"), self, n, 2 * m * g * t * s)
 
 

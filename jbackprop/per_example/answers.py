@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jbackprop.factored import Method, PyTree, is_factored
+from jbackprop.factored import Method, PyTree, is_factored, wide_dtype
 from jbackprop.gradient import Backprop
 from jbackprop.per_example.source import (
     Deferred,
@@ -23,6 +23,7 @@ from jbackprop.per_example.source import (
     in_parts,
     like_params,
     opened,
+    promoted_sum,
 )
 
 _METHODS = get_args(Method)
@@ -44,16 +45,13 @@ def check_question(
             f"weights must have the shape ({n},), one for each example, not {weights.shape}"
         )
     floating = jnp.issubdtype(weights.dtype, jnp.floating)
-    return n, weights if floating else weights.astype(jnp.result_type(float))
+    return n, weights.astype(wide_dtype(weights.dtype) if floating else jnp.result_type(float))
 
 
 def summed(found: PyTree, n: int) -> Array:
     """The sum over all parameters and copies of what belongs to the examples: (B,)."""
     leaves = [jnp.sum(v, axis=tuple(range(v.ndim - 1))) for v in jax.tree.leaves(found)]  # (..., n)
-    if not leaves:
-        return jnp.zeros(n)
-    dtype = functools.reduce(jnp.promote_types, [v.dtype for v in leaves])
-    return functools.reduce(jnp.add, [v.astype(dtype) for v in leaves])
+    return promoted_sum(leaves) if leaves else jnp.zeros(n)
 
 
 def along(weights: Array, like: Array) -> Array:
@@ -181,9 +179,9 @@ def gradient_chunks(bp: Pairs, size: int) -> Iterator[PyTree]:
     Raises:
         ValueError: a layer couples the examples; a size below 1.
     """
-    n, _ = check_question(bp, None, size)
-    if size is None:
-        raise ValueError("size must be an int of at least 1, not None")
+    if not hasattr(size, "__index__") or isinstance(size, bool) or size < 1:
+        raise ValueError(f"size must be an int of at least 1, not {size!r}")
+    n, _ = check_question(bp)
 
     def chunks() -> Iterator[PyTree]:
         for start in range(0, n, size):
@@ -276,13 +274,15 @@ def _pairs(bp: Pairs | Source) -> PyTree:
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _gram(bp: Pairs, other: Pairs | None, method: Method, size: int | None, n: int) -> Array:
     """With itself if `other` is None."""
-    theirs = jax.tree.leaves(_pairs(bp if other is None else other), is_leaf=is_factored)
+    whole = bp if other is None else other
+    theirs = jax.tree.leaves(_pairs(whole), is_leaf=is_factored)
+    others = check_pairs(whole, "the gradient of one of them") if not theirs else 0
 
     def question(source: Source, _: Any) -> tuple[Any, Any]:
         mine = jax.tree.leaves(_pairs(source), is_leaf=is_factored)
         pairs = zip(mine, theirs, strict=True)
         found = [one.gram(two, method) for one, two in pairs]
-        return functools.reduce(jnp.add, found) if found else jnp.zeros((n, n)), ()
+        return promoted_sum(found) if found else jnp.zeros((source.n, others)), ()
 
     return in_parts(bp, n, size, question)[0]
 

@@ -18,7 +18,7 @@ from jbackprop.per_example.source import Deferred, Pairs, Source, in_parts, like
 from jbackprop.structure import trainable_mask
 
 Scheme = Literal["flat", "per_layer", "automatic"] | Callable[[Array], Array]
-"""How gradients are clipped; a callable makes factors (B,) of the norms (B,)."""
+"""How gradients are clipped; a callable makes the factor of one gradient of its norm."""
 
 _SCHEMES = ("flat", "per_layer", "automatic")
 _STABILITY = 0.01  # the gamma of automatic clipping
@@ -109,8 +109,8 @@ def clipped_gradient(
 
         f_n = min(1, C / |g_n|)             "flat"
         f_n = C / (|g_n| + 0.01)            "automatic": all get about the length C
-        f_nl = min(1, C_l / |g_nl|)         "per_layer", for the part g_nl of each layer l that
-        learns f_n = f(norms)_n, but |f_n| |g_n| at most C       a callable
+        f_nl = min(1, C_l / |g_nl|)         "per_layer": of each layer l that learns, its part
+        f_n = f(|g_n|), but |f_n| |g_n| at most C         a callable
 
     C_l is C / sqrt(the number of layers), so that no example contributes more than C in any scheme;
     or what `max_norm` gives for the layer by its path. The factors are smaller by a few roundings,
@@ -127,7 +127,7 @@ def clipped_gradient(
         bp: from `backprop` or `deferred`, or a tree of factored gradients.
         max_norm: C, positive; in "per_layer" also a mapping from the paths that
             `norms(per_layer=True)` has to each layer's bound.
-        scheme: "flat", "per_layer", "automatic", or a function of the norms (B,).
+        scheme: "flat", "per_layer", "automatic", or a function from one norm to one factor.
         weights: (B,); they multiply the costs, before anything is clipped. 0: not there, even if
             the example holds NaN. By default ones.
         method: how norms are found; see `norms`.
@@ -141,7 +141,7 @@ def clipped_gradient(
             an unknown scheme.
     """
     n, weights = check_question(bp, weights, microbatch, method)
-    check_bounds(max_norm, scheme)
+    max_norm = check_bounds(max_norm, scheme)
     sums, found = clipped_sums(bp, max_norm, weights, scheme, method, microbatch, n)
     gradient = jax.tree.map(_towards_zero, sums, like_params(bp))
     return Clipped(gradient, found.norms, found.clipped_fraction)
@@ -189,13 +189,13 @@ def noisy_gradient(
             positive.
     """
     n, weights = check_question(bp, weights, microbatch, method)
-    check_bounds(max_norm, scheme)
+    max_norm = check_bounds(max_norm, scheme)
     if not _is_traced(noise_multiplier) and not 0 <= float(noise_multiplier) < math.inf:
         raise ValueError(f"noise_multiplier must be finite and at least 0, not {noise_multiplier}")
     _check_positive("divisor", divisor)
     sums, found = clipped_sums(bp, max_norm, weights, scheme, method, microbatch, n)
     sensitivity = sensitivity_of(max_norm)
-    std = noise_multiplier * sensitivity
+    std = jnp.asarray(noise_multiplier, float) * sensitivity
     gradient = noised(key, sums, learning(bp), std, divisor, like_params(bp))
     return Noisy(gradient, found.norms, found.clipped_fraction, sensitivity, std)
 
@@ -252,18 +252,18 @@ def clipped_sums(
             over = functools.reduce(
                 jnp.logical_or,
                 [
-                    jnp.any((v > bounds[path]).reshape(-1, source.n), axis=0)
+                    jnp.any(~(v <= bounds[path].astype(v.dtype)), axis=tuple(range(v.ndim - 1)))
                     for path, v in parts.items()
                 ],
                 jnp.zeros(source.n, bool),
             )
-            factors = {path: times(weights, _cap(v, bounds[path])) for path, v in parts.items()}
+            factors = {path: _share(_cap(v, bounds[path]), weights) for path, v in parts.items()}
             total = source.ask(
                 lambda pair, own: pair.total(own), source.spread(factors), by_copy=True
             )
         else:
-            over = norms > jnp.asarray(max_norm, norms.dtype)
-            own = times(weights, _factors(norms, max_norm, scheme))
+            over = ~(norms <= jnp.asarray(max_norm, norms.dtype))
+            own = _share(_factors(norms, max_norm, scheme), weights)
             total = source.ask(lambda pair: pair.total(own))
         ahead = source.ahead
         seen = (None, None) if ahead is None else (ahead.losses, ahead.outputs)
@@ -275,6 +275,12 @@ def clipped_sums(
         norms.dtype
     )
     return sums, Bounded(norms, share, losses, outputs)
+
+
+def _share(factors: Array, weights: Array | None) -> Array:
+    """The factors times the weights; 0 where the factor is, whatever the weight."""
+    found = times(weights, factors)
+    return jnp.where(factors == 0, jnp.zeros((), found.dtype), found)
 
 
 def _cap(norms: Array, bound: Any) -> Array:
@@ -294,16 +300,20 @@ def _factors(norms: Array, max_norm: Any, scheme: Scheme) -> Array:
         within = (1 - 32 * jnp.finfo(norms.dtype).eps) * factors
         return jnp.where(jnp.isfinite(norms), within, 0).astype(norms.dtype)
     assert callable(scheme)
-    factors = jnp.asarray(scheme(norms))
+    factors = jnp.asarray(jax.vmap(scheme)(norms))  # one by one: no example sees another's
     if factors.shape != norms.shape:
         raise ValueError(
-            f"a clipping scheme makes a factor of each norm, {norms.shape}, not {factors.shape}"
+            f"a clipping scheme makes one factor of one norm, not the shape {factors.shape[1:]}"
         )
-    # cap is 1 for short gradients, for which a factor above 1 may still be within the bound
-    bound = jnp.asarray(max_norm, norms.dtype) * (1 - 32 * jnp.finfo(norms.dtype).eps)
-    most = jnp.where(norms > 0, bound / jnp.where(norms > 0, norms, 1), jnp.inf)
+    # A factor above 1 may be within the bound, but not where the norm is next to nothing: its
+    # square may have vanished in rounding.
+    info = jnp.finfo(norms.dtype)
+    bound = jnp.asarray(max_norm, norms.dtype) * (1 - 32 * info.eps)
+    long = norms > 1024 * float(info.tiny) ** 0.5
+    most = jnp.where(long, bound / jnp.where(long, norms, 1), 1)
     most = jnp.where(cap == 0, 0, most).astype(norms.dtype)
-    return jnp.clip(factors.astype(norms.dtype), -most, most)
+    factors = jnp.where(jnp.isfinite(factors), factors, 0).astype(norms.dtype)
+    return jnp.clip(factors, -most, most)
 
 
 def _layer_bounds(source: Source, parts: Any, max_norm: Any) -> dict[str, Array]:
@@ -326,7 +336,8 @@ def _layer_bounds(source: Source, parts: Any, max_norm: Any) -> dict[str, Array]
         if not isinstance(max_norm, Mapping) or not names[path]:
             each = 1.0 if isinstance(max_norm, Mapping) else max_norm
             return jnp.full(shape, jnp.asarray(each) / math.sqrt(max(len(every), 1)))
-        return jnp.stack([jnp.asarray(max_norm[name]) for name in names[path]]).reshape(shape)
+        own = [jnp.asarray(max_norm[name], float) for name in names[path]]
+        return jnp.stack(own).reshape(shape)
 
     return {path: bound(path) for path in shapes}
 
@@ -352,8 +363,8 @@ def _towards_zero(g: Array, like: Any) -> Array:
     return jnp.where(grown, jnp.nextafter(found, jnp.zeros((), like.dtype)), found)
 
 
-def check_bounds(max_norm: Any, scheme: Any) -> None:
-    """Raise where gradients cannot be clipped so."""
+def check_bounds(max_norm: Any, scheme: Any) -> Any:
+    """The bound or bounds; raises where gradients cannot be clipped so."""
     if scheme not in _SCHEMES and not callable(scheme):
         raise ValueError(
             f"scheme must be one of {', '.join(map(repr, _SCHEMES))}, or a function of the norms, "
@@ -364,8 +375,9 @@ def check_bounds(max_norm: Any, scheme: Any) -> None:
             raise ValueError('a max_norm for each layer needs scheme="per_layer"')
         for path, bound in max_norm.items():
             _check_positive(f"max_norm[{path!r}]", bound)
-    else:
-        _check_positive("max_norm", max_norm)
+        return dict(max_norm)
+    _check_positive("max_norm", max_norm)
+    return max_norm
 
 
 def _is_traced(value: Any) -> bool:
@@ -373,6 +385,8 @@ def _is_traced(value: Any) -> bool:
 
 
 def _check_positive(name: str, value: Any) -> None:
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, not {value!r}")
     if jnp.ndim(value) != 0:
         raise ValueError(f"{name} must be one number, not of shape {jnp.shape(value)}")
     if not _is_traced(value) and not 0 < float(value) < math.inf:

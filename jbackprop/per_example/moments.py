@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jax import Array
 
 from jbackprop.factored import Moments, PyTree, in_shares
 from jbackprop.per_example.answers import check_question, root, summed, times
-from jbackprop.per_example.source import Pairs, Source, in_parts
+from jbackprop.per_example.source import Pairs, Source, in_parts, widest
 
 
 class NoiseScale(NamedTuple):
@@ -54,7 +55,8 @@ def mean(bp: Pairs, *, weights: Array | None = None, microbatch: int | None = No
         Like params, in float32 at least; NaN if all weights are 0.
 
     Raises:
-        ValueError: an empty batch; weights of another shape; a layer couples the examples.
+        ValueError: an empty batch; weights of another shape, or negative where that can be seen; a
+            layer couples the examples.
     """
     n, weights = _check(bp, weights, microbatch)
     return _mean(bp, weights, microbatch, n)
@@ -107,7 +109,8 @@ def variance(
             examples.
 
     Returns:
-        Like params, in float32 at least; not negative.
+        Like params, in float32 at least; not negative. NaN where the weights sum to no more than
+        ddof.
 
     Raises:
         ValueError: as `mean`; fewer examples than ddof + 1.
@@ -138,6 +141,7 @@ def snr(
 def _moments(bp: Pairs, ddof: int, weights: Array | None, microbatch: int | None) -> Moments:
     """The variance as `variance` has it."""
     n, weights = _check(bp, weights, microbatch)
+    ddof = operator.index(ddof)
     if weights is None and n <= ddof:
         raise ValueError(f"a variance with ddof={ddof} needs more than {ddof} examples, not {n}")
     return _jitted_moments(bp, weights, ddof, microbatch, n)
@@ -158,14 +162,15 @@ def _jitted_moments(
         scale = jnp.where(found.mass == 0, jnp.nan, 1).astype(found.mass.dtype)
         found = found._replace(mean=_times(found.mean, scale))
     if weights is not None or ddof:
-        scale = found.mass / (found.mass - ddof)
+        left = found.mass - ddof
+        scale = jnp.where(left > 0, found.mass / jnp.where(left > 0, left, 1), jnp.nan)
         found = found._replace(variance=_times(found.variance, scale))
     return found
 
 
 def _dtype(tree: PyTree) -> Any:
     leaves = jax.tree.leaves(tree)
-    return jnp.result_type(*leaves) if leaves else jnp.result_type(float)
+    return widest([leaf.dtype for leaf in leaves] or [jnp.result_type(float)])
 
 
 def _times(tree: PyTree, scale: Array) -> PyTree:
@@ -198,7 +203,8 @@ def noise_scale(
         per_layer: of each layer's part of the gradient rather than of all.
 
     Returns:
-        A `NoiseScale`; with `per_layer` an `OrderedDict` of them, by path as in `norms`.
+        A `NoiseScale`, NaN where one weight alone is not 0; with `per_layer` an `OrderedDict` of
+        them, by path as in `norms`.
 
     Raises:
         ValueError: as `mean`; fewer than two examples.
@@ -285,6 +291,8 @@ def _check(bp: Pairs, weights: Any, microbatch: Any) -> tuple[int, Array | None]
     n, weights = check_question(bp, weights, microbatch)
     if n == 0:
         raise ValueError("the batch is empty: it has no mean gradient")
+    if weights is not None and not isinstance(weights, jax.core.Tracer) and jnp.any(weights < 0):
+        raise ValueError("the weights of a mean must not be negative")
     return n, weights
 
 

@@ -6,11 +6,12 @@ import abc
 import dataclasses
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jbackprop.factored import Factored, Nothing, PyTree, is_factored, scan_examples
@@ -114,7 +115,7 @@ class Source(abc.ABC):
         """The sums over the parameters of every layer, by path, copies in front."""
         sums: OrderedDict[str, Any] = OrderedDict()
         for path, value in zip(jax.tree.leaves(self.layers()), jax.tree.leaves(found), strict=True):
-            sums[path] = sums[path] + value if path in sums else value
+            sums[path] = promoted_sum([sums[path], value]) if path in sums else value
         return sums
 
     def learning(self) -> set[str]:
@@ -126,7 +127,11 @@ class Source(abc.ABC):
         """Of the layers that learn by path, the copies of a layer told apart as in `deltas`."""
         learning = self.learning()
         own = OrderedDict((path, v) for path, v in found.items() if path in learning)
-        return own if self.net is None else by_copy(self.net, own)
+        return self._by_copy(own)
+
+    def _by_copy(self, found: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
+        assert self.net is not None
+        return by_copy(self.net, found)
 
     def spread(self, by_path: Mapping[str, Array]) -> PyTree:
         """A tree like params of what each layer has."""
@@ -151,6 +156,18 @@ class Kept(Source):
     def learns(self) -> PyTree:
         return jax.tree.map(
             lambda pair: not isinstance(pair, Nothing), self.pairs, is_leaf=is_factored
+        )
+
+    def _by_copy(self, found: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
+        if self.net is not None:
+            return super()._by_copy(found)
+        pairs = jax.tree.leaves(self.pairs, is_leaf=is_factored)
+        layers = jax.tree.leaves(self.layers())
+        stacks = {path: pair.home.stack for path, pair in zip(layers, pairs, strict=True)}
+        return OrderedDict(
+            (path + "".join(f"[{i}]" for i in index), v[index] if index else v)
+            for path, v in found.items()
+            for index in np.ndindex(*stacks[path])
         )
 
     def layers(self) -> PyTree:
@@ -262,6 +279,17 @@ def in_parts(
     elif isinstance(bp, Deferred):
         moving = (bp.x, bp.y)
     return scan_examples(some, (moving, parts, jnp.arange(n)), n, microbatch, join)
+
+
+def widest(dtypes: Sequence[Any]) -> Any:
+    """Of floating-point dtypes of 32 bits and more, also where JAX promotes nothing by itself."""
+    return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
+
+
+def promoted_sum(values: Sequence[Array]) -> Array:
+    """The sum of arrays in the widest of their dtypes."""
+    dtype = widest([v.dtype for v in values])
+    return functools.reduce(jnp.add, [v.astype(dtype) for v in values])
 
 
 def check_microbatch(microbatch: Any) -> None:

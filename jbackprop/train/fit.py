@@ -165,6 +165,12 @@ def fit(
     names = tuple((metrics or {}).items())
     if "loss" in dict(names):
         raise ValueError("a metric cannot be called 'loss': in the history the loss has that name")
+    for name, _ in names:
+        if name.startswith("validation_"):
+            raise ValueError(
+                f"a metric cannot be called {name!r}: in the history that is one of the validation "
+                "data"
+            )
     recorded = ["loss", *dict(names)]
     recorded += [f"validation_{name}" for name in recorded] if held_out else []
     if early_stopping and early_stopping.monitor not in recorded:

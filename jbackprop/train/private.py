@@ -39,6 +39,8 @@ class Private:
 
         (sum of clipped gradients + N(0, (noise_multiplier * max_norm)^2 I)) / batch_size
 
+    Who knows the key knows the noise: the key of a private `fit` must be secret, and used once.
+
     Source: Abadi, Chu, Goodfellow, McMahan, Mironov, Talwar and Zhang, Deep learning with
     differential privacy (2016), algorithm 1.
 
@@ -64,7 +66,7 @@ class Private:
     microbatch: int | None = None
 
     def __post_init__(self) -> None:
-        check_bounds(self.max_norm, self.scheme)
+        object.__setattr__(self, "max_norm", check_bounds(self.max_norm, self.scheme))
         check_microbatch(self.microbatch)
         if (self.noise_multiplier is None) == (self.epsilon is None):
             raise ValueError("Private: give either noise_multiplier or epsilon, and not both")
@@ -113,11 +115,12 @@ class PrivateRun(Run):
         # Two streams apart from those of `Run`: to draw the examples, and for the noise.
         sampling, self._noise = jax.random.split(jax.random.fold_in(self._key, 2**32 - 1))
         self._sampling = np.asarray(jax.random.key_data(sampling)).ravel().tolist()
+        self._begun = 0  # steps: counted before they are done, so that an interruption hides none
         self.privacy()  # it raises now rather than after all is done
         self._places = _capacity(size, self._n)
 
     def privacy(self) -> Privacy:
-        return self._private.report(self._multiplier, self._probability, self._step)
+        return self._private.report(self._multiplier, self._probability, self._begun)
 
     def _batches(self, number: int) -> Iterator[np.ndarray | None]:
         for _ in range(self._steps):
@@ -125,6 +128,7 @@ class PrivateRun(Run):
             yield np.flatnonzero(own.random(self._n) < self._probability)
 
     def _advance(self, params: PyTree, opt_state: PyTree, batch: Any) -> tuple[Any, Any, Any]:
+        self._begun = max(self._begun, self._step + 1)
         return _step(
             self._task, params, opt_state, self._x, self._y, *_padded(batch, self._places),
             self._places, self._draw(), self._noise, self._step, self._private.max_norm,
@@ -160,9 +164,16 @@ def _step(
         multiplier * sensitivity_of(max_norm), size, params,
     )  # fmt: skip
     # Neither the value nor a way to ask for it: they are of the data.
-    updates, opt_state = optax.with_extra_args_support(task.optimizer).update(
-        grads, opt_state, params
-    )
+    try:
+        updates, opt_state = optax.with_extra_args_support(task.optimizer).update(
+            grads, opt_state, params
+        )
+    except TypeError as error:
+        if "keyword-only" not in str(error):
+            raise
+        raise TypeError(
+            f"the optimizer asks for the cost, which is of the private data: {error}"
+        ) from error
     values = {"loss": found.losses} | dict(measure(task.metrics, found.outputs, y))
     count = jnp.maximum(jnp.sum(weights), 1)
     means = {

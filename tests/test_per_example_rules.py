@@ -1,0 +1,141 @@
+"""Questions about single examples of every rule in the table, against vmap(jax.grad)."""
+
+from collections import OrderedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from truth import assert_close, each_grad, relative, rows
+
+import jbackprop as jb
+from jbackprop import catalogue, structure
+from jbackprop import per_example as pe
+
+CASES = [
+    case for case in catalogue.cases(5)
+    if not case.net.couples_examples and jax.tree.leaves(case.params)
+]  # fmt: skip
+W = np.array([0.5, 0.0, 2.0, 1.0, 0.25])
+
+
+def is_deep(case):
+    """Whether it is of many layers, each of which is tried alone too."""
+    return len(list(structure.walk(case.net))) > 5
+
+
+def by_layer(case, each):
+    """|g_n| of every layer and copy, from gradients that are written out."""
+    found = OrderedDict()
+    mask = structure.trainable_mask(case.net, case.params)
+    learns = {p for p, _, part in structure.walk(case.net, mask) if any(jax.tree.leaves(part))}
+    axes = structure.stack_axes(case.net)
+    for path, _, part in structure.walk(case.net, each):
+        if path in learns:
+            squares = 0
+            for g in jax.tree.leaves(part):
+                own = tuple(range(1 + axes_of(axes, path), g.ndim))
+                squares += np.sum(np.square(np.asarray(g)), axis=own)
+            found[path] = np.moveaxis(np.sqrt(squares), 0, -1)
+    return structure.by_copy(case.net, found)
+
+
+def axes_of(axes, path):
+    return max((n for shown, n in axes.items() if shown == path), default=0)
+
+
+def ask(bp, vectors, weights, deep):
+    """Everything at once, as one program is cheaper than many; of deep nets some of it."""
+    found = {
+        "norms": pe.norms(bp, weights=weights),
+        "layers": pe.norms(bp, per_layer=True, weights=weights),
+        "flat": pe.clipped_gradient(bp, 0.7, weights=weights).gradient,
+    }
+    if deep:
+        return found
+    return found | {
+        "project": pe.project(bp, vectors, weights=weights),
+        "mean": pe.mean(bp, weights=weights),
+        "second_moment": pe.second_moment(bp, weights=weights),
+        "variance": pe.variance(bp, weights=weights),
+        "cosine": pe.cosine_to_mean(bp, weights=weights),
+        "scale": pe.noise_scale(bp, weights=weights),
+        "gram": pe.gram(bp),
+    }
+
+
+def ask_later(bp, deep):
+    """What nobody keeps pairs for, two examples at a time."""
+    found = {} if deep else {"flat": pe.clipped_gradient(bp, 0.7, microbatch=2).gradient}
+    return found | {
+        "layers": pe.norms(bp, per_layer=True, microbatch=2),
+        "variance": pe.variance(bp, microbatch=2),
+    }
+
+
+def truth(case, each, vectors, weights):
+    w = np.ones(5) if weights is None else np.asarray(weights)
+    g = rows(each)
+    norms, layers = w * np.linalg.norm(g, axis=1), by_layer(case, each)
+    v = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(vectors)])
+    factors = w * np.minimum(1, 0.7 / np.maximum(norms, 1e-300))
+    p = w / w.sum()
+    mean = p @ g
+
+    def like(flat):
+        leaves, tree = jax.tree.flatten(case.params)
+        cuts = np.cumsum([leaf.size for leaf in leaves])[:-1]
+        parts = np.split(flat, cuts)
+        return jax.tree.unflatten(
+            tree, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+        )
+
+    def scale(squares, mean_square):
+        trace = (p @ squares - mean_square) / (1 - np.sum(p**2))
+        return trace, p @ squares - trace
+
+    return {
+        "norms": norms,
+        "layers": OrderedDict((path, w * norm) for path, norm in layers.items()),
+        "project": w * (g @ v),
+        "flat": like(factors @ g),
+        "mean": like(mean),
+        "second_moment": like(p @ g**2),
+        "variance": like(p @ (g - mean) ** 2),
+        "cosine": (w != 0) * (g @ mean) / np.maximum(
+            np.linalg.norm(g, axis=1) * np.linalg.norm(mean), 1e-300),
+        "scale": scale(np.sum(g**2, axis=1), mean @ mean),
+        "gram": g @ g.T,
+    }  # fmt: skip
+
+
+def named():
+    for case in CASES:
+        marks = pytest.mark.newest if is_deep(case) else ()
+        yield pytest.param(case, marks=marks, id=case.name)
+
+
+@pytest.mark.parametrize("case", list(named()))
+def test_every_question_is_that_of_vmap_grad(case):
+    rng, deep = np.random.default_rng(case.seed), is_deep(case)
+    vectors = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape)), case.params)
+
+    @jax.jit
+    def asked(params, x, y, vectors):
+        bp = jb.backprop(case.net, case.loss, params, x, y)
+        later = pe.deferred(case.net, case.loss, params, x, y)
+        each = each_grad(case.net, case.loss, params, x, y)
+        return ask(bp, vectors, jnp.asarray(W), deep), ask_later(later, deep), each
+
+    *answers, each = asked(case.params, case.x, case.y, vectors)
+    each = jax.tree.map(np.asarray, each)
+    dues = [truth(case, each, vectors, weights) for weights in (W, None)]
+    for found, due in zip(answers, dues, strict=True):
+        for name in found.keys() - {"cosine", "scale", "gram"}:
+            assert_close(found[name], due[name], 1e-12, zero=1e-14)
+    if deep:
+        return
+    kept, due = answers[0], dues[0]
+    np.testing.assert_allclose(kept["cosine"], due["cosine"], atol=1e-12)
+    np.testing.assert_allclose(kept["scale"], due["scale"], rtol=1e-10, atol=1e-13)
+    assert relative(kept["gram"], due["gram"]) < 1e-12
