@@ -115,7 +115,9 @@ def clipped_gradient(
     C_l is C / sqrt(the number of layers), so that no example contributes more than C in any scheme;
     or what `max_norm` gives for the layer by its path. The factors are smaller by a few roundings,
     so that it holds of the computed sum as well, in every dtype (16 bits are rounded towards 0). An
-    example whose norm is not finite cannot be bounded: it is left out, and `norms` shows it.
+    example whose norm is not finite cannot be bounded: it is left out, and `norms` shows it. The
+    bound is as exact as the norms: where the parts of a tied weight's gradient cancel to a few
+    roundings, or matmuls are done in TF32, they are less so.
 
     Source: Abadi, Chu, Goodfellow, McMahan, Mironov, Talwar and Zhang, Deep learning with
     differential privacy (2016), algorithm 1; Bu, Wang, Zha and Karypis, Automatic clipping (2023),
