@@ -66,9 +66,9 @@ RULES = {
 }
 """The rules of each file, as patterns of qualified names; a file has those of all that match it."""
 
-LAYER = r"(rules.*(adjoint|slope|linear|loop|jax_grad)|per_example.*question).*\[OWNER\("
-NETWORK = r"(rules.*jax_grad|per_example.*question).*\[(Dense|Sequential)"
-COMPOSITE = r"(rules.*(adjoint|loop|jax_grad)|per_example.*question).*\[OWNER\("
+LAYER = r"rules.*(adjoint|slope|linear|loop|jax_grad|question).*\[OWNER\("
+NETWORK = r"rules.*(jax_grad|question).*\[(Dense|Sequential)"
+COMPOSITE = r"rules.*(adjoint|loop|jax_grad|question).*\[OWNER\("
 TRANSPORT = "rules.*transport"
 GRADIENT = "gradient.*(collect|transport|hands_out|weight|steps|mixed|ids)"
 KILLERS = {
@@ -100,11 +100,11 @@ KILLERS = {
         NETWORK, TRANSPORT, GRADIENT, "edges.*mask", r"bad_input.*\[(no|a) delta"
     ],
     "factored/patches.py": ["convolution.*(kernel|pytorchs|patches)"],
-    "factored/other.py": ["gradient.*coupled", "compose.*frozen", r"per_example.*question.*\[(Frozen|Tied)"],
-    "factored/shift.py": [r"per_example.*question.*\[(Gain|LayerNorm|Positions|Repeat)"],
-    "factored/lookup.py": [r"per_example.*question.*\[(Embedding|Tied)", "embedding"],
+    "factored/other.py": ["gradient.*coupled", "compose.*frozen", r"rules.*question.*\[(Frozen|Tied)"],
+    "factored/shift.py": [r"rules.*question.*\[(Gain|LayerNorm|Positions|Repeat)"],
+    "factored/lookup.py": [r"rules.*question.*\[(Embedding|Tied)", "embedding"],
     "factored/": [
-        "factored", "per_example.*(few_examples|variance|tied|leak|projections|same)", r"per_example.*question.*\[Dense\(6, 4\)", "gradient.*(steps|weight_is)", "FILE"
+        "factored", "per_example.*(few_examples|variance_much|leak|cancel)", r"rules.*question.*\[Dense\(6, 4\)", "gradient.*(steps|weight_is)", "FILE"
     ],
 }  # fmt: skip
 """The tests for the rules of each folder or file, by name, in their order.
@@ -114,7 +114,7 @@ OWNER is the class, FILE the name of its file: tests/test_pooling.py is for laye
 
 NO_KILLERS = (
     "against_sklearn check check_hard check_programs cli diagnose examples fit mutations"
-    " planted project random_nets"
+    " planted project random_nets private per_example_rules"
 )
 """The tests that never are."""
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from truth import assert_close, assert_same, mean_cost, relative
+from truth import assert_close, assert_same, each_grad, mean_cost, relative
 
 import jbackprop as jb
 from jbackprop import catalogue, compose, layers, losses, structure, sweep
@@ -121,13 +121,45 @@ SHIPPED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": T
 
 
 @pytest.mark.newest
-@named(CASES)
+@named([case for case in CASES if not is_deep(case)])
 def test_compiled_as_for_users_it_is_the_same(case):
+    """Deep nets are tried so layer by layer."""
     call = jb.value_and_grad(case.net, case.loss)
     args = case.params, case.x, case.y, None, case.key
     slow = jax.jit(call)(*args)
     found = jax.jit(call).lower(*args).compile(compiler_options=SHIPPED)(*args)
     assert_close(found, slow, 1e-13, zero=1e-15)
+
+
+@named([c for c in CASES if not c.net.couples_examples])
+def test_per_example_questions_are_those_of_vmap_grad(case):
+    w = np.random.default_rng(0).standard_normal(case.batch)
+
+    @jax.jit  # one program for all: that is much cheaper than one after the other
+    def asked(params, x, y, w):
+        bp = jb.backprop(case.net, case.loss, params, x, y)
+        pairs = jax.tree.leaves(bp.factored, is_leaf=is_factored)
+        answers = [
+            {
+                "each": p.each(), "total": p.total(), "weighted": p.total(w), "dot": p.dot(p),
+                "square_norm": p.square_norm(), "second_moment": p.second_moment(),
+                "gram": p.gram(p), "project": p.project(jnp.ones(p.place.stack + p.place.shape)),
+                "moments": p.moments(),
+            }
+            for p in pairs
+        ]  # fmt: skip
+        return answers, jax.tree.leaves(each_grad(case.net, case.loss, params, x, y))
+
+    answers, truth = asked(case.params, case.x, case.y, jnp.asarray(w))
+    for found, g in zip(answers, map(np.asarray, truth), strict=True):
+        rows = g.reshape(case.batch, -1)
+        due = {
+            "each": g, "total": g.sum(0), "weighted": np.tensordot(w, g, 1),
+            "dot": (rows**2).sum(1), "square_norm": (rows**2).sum(1),
+            "second_moment": (g**2).sum(0), "gram": rows @ rows.T, "project": rows.sum(1),
+            "moments": (g.mean(0), g.var(0)),
+        }  # fmt: skip
+        assert_close(found, due, zero=1e-14)
 
 
 @pytest.mark.newest
