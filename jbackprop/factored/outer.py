@@ -164,9 +164,14 @@ class Outer(Factored):
             if t == 1:
                 return products
             # Where the positions cancel, the entries of the Gram matrices are much larger than
-            # their sum, which then is hardly more than their rounding.
+            # their sum, which then is hardly more than their rounding. What holds NaN is left so.
             least = 1024 * jnp.finfo(products.dtype).eps * self._size_of_terms()
-            return lax.cond(jnp.all(products >= least), lambda: products, self._written_out)
+            lost = ~(products >= least) & ~jnp.isnan(least)
+            return lax.cond(
+                jnp.any(lost),
+                lambda: jnp.where(lost, self._written_out(), products),
+                lambda: products,
+            )
         return in_blocks(lambda pairs: _inner(*pairs), (self, other), self.size, entries)
 
     def gram(self, other: Factored, method: Method = "auto") -> Array:
