@@ -22,7 +22,7 @@ types: $(VENV)/ready
 	$(VENV)/bin/mypy
 
 tests: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "not oldest"
 	XLA_FLAGS= $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup -m as_shipped
 
 # The oldest supported JAX: every test of the rules, the calls and training.

@@ -10,7 +10,10 @@ import itertools
 import os
 from pathlib import Path
 
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 quick = os.environ.setdefault("XLA_FLAGS", QUICK) == QUICK  # before JAX is imported
 
 import jax  # noqa: E402

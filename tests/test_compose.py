@@ -130,6 +130,7 @@ WITH_KEYS = [
 ]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("net", WITH_KEYS, ids=repr)
 def test_keys_reach_the_leaves_and_the_way_back_draws_the_same(net):
     params, x, y = problem(net)

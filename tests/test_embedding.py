@@ -59,6 +59,7 @@ CASES = [
 ]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("layer", "plain", "x"), CASES, ids=[f"{i}-{c[0]}" for i, c in enumerate(CASES)]
 )

@@ -11,6 +11,7 @@ from truth import relative
 
 import jbackprop as jb
 
+pytestmark = pytest.mark.newest
 B = 5
 
 
@@ -273,7 +274,7 @@ def test_full_sums_in_float32():
     np.testing.assert_array_equal(pair.total(jnp.ones(4096)), np.full(3, 3.0 * 4096))
 
 
-@pytest.mark.parametrize("stack", [(1,), (2,), (3, 1), (1, 3)])
+@pytest.mark.parametrize("stack", [(2,), (3, 1)])
 @pytest.mark.parametrize("pair", KINDS.values(), ids=KINDS.keys())
 def test_scans_in_scans(pair, stack):
     """The first of `stack` is the outermost scan; one copy has an axis too."""

@@ -65,6 +65,7 @@ CASES = [
 ]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("layer", "plain", "shape"), CASES, ids=[f"{c[0]} on {c[2]}" for c in CASES]
 )

@@ -130,15 +130,17 @@ def test_epsilon_is_that_of_dp_accounting():
 
 @pytest.mark.newest
 def test_noise_that_is_asked_for_by_epsilon():
-    wanted = fit(jb.Private(1.0, epsilon=4.0), batch_size=10, epochs=2).privacy
-    assert 3.99 < wanted.epsilon <= 4.0
-    early = fit(jb.Private(1.0, epsilon=4.0), batch_size=10, epochs=2,
+    wanted = fit(jb.Private(1.0, epsilon=0.5), batch_size=10, epochs=2).privacy
+    assert 0.499 < wanted.epsilon <= 0.5
+    early = fit(jb.Private(1.0, epsilon=0.5), batch_size=10, epochs=2,
                 callbacks=[lambda epoch: True]).privacy  # fmt: skip
     assert early.steps == 4
     assert early.epsilon < wanted.epsilon
     plenty = fit(jb.Private(1.0, epsilon=1e4), batch_size=10, epochs=1).privacy
     assert plenty.noise_multiplier == 0.3
     assert plenty.epsilon < 1e4
+    with pytest.raises(ValueError, match=r"no noise makes 4 steps \(1.0, 1e-30\)-private"):
+        fit(jb.Private(1.0, epsilon=1.0, delta=1e-30), batch_size=10, epochs=1)
 
 
 def test_the_same_key_gives_the_same_and_another_another():

@@ -67,7 +67,7 @@ def problems(draw, scales=(2.0,)):
 
 
 @given(problems(scales=(2.0, 2.0, 1e4)))
-@settings(max_examples=20, **SETTINGS)
+@settings(max_examples=12, **SETTINGS)
 def test_float64(problem):
     verdict = jb.check.network(*problem.build())
     assert not verdict.wrong, f"{problem}\n{verdict}"
@@ -85,7 +85,7 @@ def test_sixty_layers():
 
 
 @given(problems(), st.sampled_from(["float32", "bfloat16", "float16"]))
-@settings(max_examples=12, **SETTINGS)
+@settings(max_examples=8, **SETTINGS)
 def test_low_precision(problem, dtype):
     verdict = jb.check.network(*problem.build(), dtype)
     assert not verdict.wrong, f"{problem}\n{verdict}"
@@ -95,7 +95,7 @@ def test_low_precision(problem, dtype):
 
 
 @given(problems(scales=(1e4,)), st.sampled_from(["float64", "float32"]))
-@settings(max_examples=6, **SETTINGS)
+@settings(max_examples=4, **SETTINGS)
 def test_extreme_inputs_give_finite_costs_deltas_and_gradients(problem, dtype):
     net, loss, params, x, y = problem.build()
     params, x = jax.tree.map(lambda v: v.astype(dtype), (params, x))

@@ -101,6 +101,7 @@ LAYERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(("layer", "steps"), LAYERS, ids=str)
 def test_agrees_with_a_loop(layer, steps):
     params, x, u = case(layer, steps)

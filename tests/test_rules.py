@@ -68,9 +68,9 @@ def op_by_op():
 
 
 def in_dtypes():
-    """Deep nets not in float16: layer by layer they are tried alone, and bfloat16 is coarser."""
+    """Composites in the widest and the coarsest: layers and losses are tried in all."""
     for case in CASES:
-        for dtype in DTYPES[:3] if is_deep(case) else DTYPES:
+        for dtype in ("float64", "bfloat16") if isinstance(case.rule, jb.Composite) else DTYPES:
             marks = () if dtype == "float64" else pytest.mark.newest
             yield pytest.param(case, dtype, marks=marks, id=f"{dtype}-{case.name}")
 
@@ -90,13 +90,13 @@ def test_agrees_with_autodiff_in_float64(case, dtype):
 @pytest.mark.newest
 @named(CASES)
 def test_value_and_gradient_are_those_of_jax_grad(case):
-    """Random draws included; outside jit, but for deep nets."""
+    """Random draws included; layers and losses outside jit."""
     at = case.x, case.y
     truth = jax.value_and_grad(
         lambda p: mean_cost(case.net, case.loss, p, *at, case.key),
     )
     found = functools.partial(jb.value_and_grad(case.net, case.loss), key=case.key)
-    if is_deep(case):
+    if isinstance(case.rule, jb.Composite):
         assert_close(jax.jit(found)(case.params, *at), jax.jit(truth)(case.params), zero=1e-14)
         return
     with jax.disable_jit():
@@ -131,6 +131,7 @@ def test_compiled_as_for_users_it_is_the_same(case):
     assert_close(found, slow, 1e-13, zero=1e-15)
 
 
+@pytest.mark.oldest  # on the newest jb.per_example is asked, in test_per_example_rules.py
 @named([c for c in CASES if not c.net.couples_examples])
 def test_per_example_questions_are_those_of_vmap_grad(case):
     w = np.random.default_rng(0).standard_normal(case.batch)

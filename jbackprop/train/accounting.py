@@ -7,6 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 _TIGHT = 0.3  # below this noise multiplier the tight accountant takes too much memory
+_MOST = 1e6  # above this one nothing is learnt
 
 
 class Privacy(NamedTuple):
@@ -37,17 +38,32 @@ class Privacy(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def noise_multiplier(epsilon: float, delta: float, probability: float, steps: int) -> float:
-    """The least by which so many steps give away no more than (epsilon, delta); at least 0.3."""
+    """The least by which so many steps give away no more than (epsilon, delta); at least 0.3.
+
+    Raises:
+        ValueError: a million does not do it.
+    """
     accounting = _accounting()
-    if epsilon_of(_TIGHT, probability, steps, delta) <= epsilon:
-        return _TIGHT
+
+    def enough(noise: float) -> bool:
+        return epsilon_of(noise, probability, steps, delta) <= epsilon
+
+    low = high = 1.0  # from there, as the accountant takes the longer the less noise there is
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > _MOST:
+            raise ValueError(f"no noise makes {steps} steps ({epsilon}, {delta})-private")
+    while low == high or enough(low):
+        if low == _TIGHT:
+            return _TIGHT
+        low, high = max(low / 2, _TIGHT), low
     return float(
         accounting.calibrate_dp_mechanism(
             accounting.pld.PLDAccountant,
             lambda noise: _event(noise, probability, steps),
             epsilon,
             delta,
-            accounting.LowerEndpointAndGuess(_TIGHT, 1.0),
+            accounting.ExplicitBracketInterval(low, high),
             tol=1e-4,
         )
     )
@@ -72,6 +88,7 @@ def _event(multiplier: float, probability: float, steps: int) -> Any:
     return accounting.SelfComposedDpEvent(step, steps)
 
 
+@functools.lru_cache(maxsize=256)
 def epsilon_of(multiplier: float, probability: float, steps: int, delta: float) -> float:
     """By privacy loss distributions; for hardly any noise a bound by Renyi divergences."""
     accounting = _accounting()
