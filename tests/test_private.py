@@ -139,7 +139,7 @@ def test_noise_that_is_asked_for_by_epsilon():
     plenty = fit(jb.Private(1.0, epsilon=1e4), batch_size=10, epochs=1).privacy
     assert plenty.noise_multiplier == 0.3
     assert plenty.epsilon < 1e4
-    with pytest.raises(ValueError, match=r"no noise makes 4 steps \(1.0, 1e-30\)-private"):
+    with pytest.raises(ValueError, match=r"no noise makes 4 steps \(1e-12, 1e-30\)-private"):
         fit(jb.Private(1.0, epsilon=1e-12, delta=1e-30), batch_size=10, epochs=1)
 
 
