@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import inspect
 import itertools
 import json
 import os
@@ -29,11 +28,11 @@ from typing import Any
 
 import convolution
 import jax
-import jax.numpy as jnp
 import numpy as np
 from contest import Contestant, built, difference, machine, save
-from jax import Array, lax
+from jax import Array
 from plain import conv
+from plain.per_example import MAX_NORM, by_jax_privacy, in_parts, whole
 from plain.transformer import Arrangement, Sizes, model
 from tqdm import tqdm
 from transformer import Order, model_data
@@ -44,7 +43,6 @@ from jbackprop.table import render
 
 QUANTITIES = ("norms", "clipped", "variance")
 BATCHES = (32, 128, 512)
-MAX_NORM = 1.0
 MICROBATCH = 16
 TIME_GOALS = {
     "norms": {"mlp": 0.65, "transformer": 1.3},
@@ -110,97 +108,6 @@ def transformer(batch: int) -> Problem:
     net: Any = jb.transformer(sizes.vocab, sizes.width, sizes.depth, sizes.heads, sizes.length)
     order, plain = Order(net), model(Arrangement(), sizes)
     return Problem("transformer", (params, x, y), plain, net, order.pack, order.unpack)
-
-
-def norms_of(g: Any) -> Array:
-    """|g_n| (B,) of a tree of gradients (B, ...)."""
-    squares = [jnp.sum(jnp.square(v), axis=range(1, v.ndim)) for v in jax.tree.leaves(g)]
-    return jnp.sqrt(functools.reduce(jnp.add, squares))
-
-
-def clipped_of(g: Any) -> Any:
-    """sum_n min(1, C / |g_n|) g_n."""
-    factors = jnp.minimum(1, MAX_NORM / norms_of(g))
-    return jax.tree.map(lambda v: jnp.tensordot(factors, v, 1), g)
-
-
-def moments_of(g: Any) -> tuple[Any, Any]:
-    """The mean and the variance about it. As dots: XLA's sums over a first axis are slow."""
-
-    def mean(v: Array) -> Array:
-        return jnp.tensordot(jnp.full(len(v), 1 / len(v)), v, 1)
-
-    means = jax.tree.map(mean, g)
-    return means, jax.tree.map(lambda v, m: mean(jnp.square(v - m)), g, means)
-
-
-def each(plain: Function) -> Function:
-    """(params, x, y) -> the gradient of every example, (B, ...)."""
-    return jax.vmap(lambda params, x, y: plain(params, x[None], y[None])[1], (None, 0, 0))
-
-
-def whole(plain: Function, quantity: str) -> Function:
-    """`vmap(grad)`: all gradients at once."""
-    ask = {"norms": norms_of, "clipped": clipped_of, "variance": lambda g: moments_of(g)[1]}
-    return lambda params, x, y: ask[quantity](each(plain)(params, x, y))
-
-
-def in_parts(plain: Function, quantity: str, size: int, unroll: bool = False) -> Function:
-    """`vmap(grad)` of so many examples at a time."""
-
-    def norms(carry: Any, g: Any) -> Any:
-        return carry, norms_of(g)
-
-    def clipped(total: Any, g: Any) -> Any:
-        return jax.tree.map(jnp.add, total, clipped_of(g)), ()
-
-    def variance(carry: Any, g: Any) -> Any:
-        """Put the moments about two means together (Chan, Golub and LeVeque, 1983)."""
-        n, means, variances = carry
-        share = size / (n + size)
-        own_means, own = moments_of(g)
-        gap = jax.tree.map(jnp.subtract, own_means, means)
-        means = jax.tree.map(lambda m, d: m + share * d, means, gap)
-
-        def both(v: Array, own: Array, d: Array) -> Array:
-            return v + share * (own - v + (1 - share) * jnp.square(d))
-
-        return (n + size, means, jax.tree.map(both, variances, own, gap)), ()
-
-    step = {"norms": norms, "clipped": clipped, "variance": variance}[quantity]
-
-    def answer(params: Any, x: Any, y: Any) -> Any:
-        parts = jax.tree.map(lambda d: d.reshape(-1, size, *d.shape[1:]), (x, y))
-        zero = jax.tree.map(jnp.zeros_like, params)
-        start = (0.0, zero, zero) if quantity == "variance" else zero
-
-        def body(carry: Any, part: Any) -> Any:
-            return step(carry, each(plain)(params, *part))
-
-        end, found = lax.scan(body, start, parts, unroll=unroll)
-        if quantity == "norms":
-            return found.reshape(-1)
-        return end[2] if quantity == "variance" else end
-
-    return answer
-
-
-def by_jax_privacy(plain: Function, quantity: str, size: int | None) -> Function:
-    """Clipped sums of `jax_privacy`, or the norms on the way to them."""
-    cost = inspect.unwrap(plain)  # of which `plain` is the value and the gradient
-    norms = quantity == "norms"
-
-    def answer(params: Any, x: Any, y: Any) -> Any:
-        if quantity == "variance":
-            raise NotImplementedError("norms and clipped sums only")
-        from jax_privacy.clipping import clipped_grad
-
-        options = {"microbatch_size": size, "return_grad_norms": norms}
-        clipped = clipped_grad(cost, l2_clip_norm=MAX_NORM, batch_argnums=(1, 2), **options)
-        found = clipped(params, x, y)
-        return found[1].grad_norms if norms else found
-
-    return answer
 
 
 def ours(problem: Problem, quantity: str) -> Iterator[Contestant]:
