@@ -111,19 +111,29 @@ def transformer(batch: int) -> Problem:
 
 
 def ours(problem: Problem, quantity: str) -> Iterator[Contestant]:
-    """The pairs kept, and contracted as they are born."""
-    ask: Function = {
+    """The pairs kept; contracted as they are born; that, of some examples at a time."""
+    asks: dict[str, Function] = {
         "norms": jb.per_example.norms,
-        "clipped": lambda bp: jb.per_example.clipped_gradient(bp, MAX_NORM).gradient,
+        "clipped": lambda bp, **how: jb.per_example.clipped_gradient(bp, MAX_NORM, **how).gradient,
         "variance": jb.per_example.variance,
-    }[quantity]
+    }
     loss = jb.SoftmaxCrossEntropy()
     unpack = _same if quantity == "norms" else problem.unpack
-    ways: dict[str, Function] = {"kept": jb.backprop, "deferred": jb.per_example.deferred}
-    for name, source in ways.items():
+    few, later = f"microbatches of {MICROBATCH}", jb.per_example.deferred
+    ways: dict[str, tuple[Function, dict[str, Any]]] = {
+        "kept": (jb.backprop, {}),
+        "deferred": (later, {}),
+        f"deferred, {few}": (later, {"microbatch": MICROBATCH}),
+    }
+    if quantity == "clipped":
+        how = {"microbatch": MICROBATCH, "method": "materialise"}
+        ways[f"written out, {few}"] = (later, how)
+    for name, (source, options) in ways.items():
 
-        def answer(params: Any, x: Any, y: Any, source: Function = source) -> Any:
-            return ask(source(problem.net, loss, params, x, y))
+        def answer(
+            params: Any, x: Any, y: Any, source: Any = source, options: Any = options
+        ) -> Any:
+            return asks[quantity](source(problem.net, loss, params, x, y), **options)
 
         yield Contestant(f"ours, {name}", answer, "ours", problem.pack, unpack)
 

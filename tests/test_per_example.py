@@ -106,6 +106,25 @@ def test_layers_are_named_and_bounded_one_by_one(scanned):
         )  # its weights, its biases
 
 
+@pytest.mark.parametrize("scheme", ["flat", "per_layer", "automatic"])
+def test_gradients_written_out_once_are_clipped_the_same(scanned, scheme):
+    """Of some examples at a time, in one sweep; also frozen ones, and one that holds NaN."""
+    _, bp, later, _ = scanned
+    net = jb.Sequential(jb.Dense(4, 6), jb.Frozen(jb.Dense(6, 5)), jb.Tanh(), jb.Dense(5, 3))
+    rng = np.random.default_rng(0)
+    data = jnp.asarray(rng.standard_normal((5, 4))).at[3].set(jnp.nan), jnp.arange(5) % 3
+    mixed = pe.deferred(net, LOSS, net.init(jax.random.key(3)), *data)
+    for source, weights in ((bp, W), (later, W), (bp.factored, W), (mixed, None), (mixed, W)):
+        own = None if weights is None else jnp.asarray(weights)
+        due = pe.clipped_gradient(source, 0.7, scheme, weights=own)
+        found = pe.clipped_gradient(
+            source, 0.7, scheme, weights=own, method="materialise", microbatch=2
+        )
+        assert_close(found.gradient, due.gradient, 1e-12, zero=1e-14)
+        np.testing.assert_allclose(found.norms, due.norms, rtol=1e-12)
+        assert found.clipped_fraction == due.clipped_fraction
+
+
 def test_per_layer_bounds_are_equal_shares(key):
     net = jb.mlp([4, 3, 2])
     params, x, y = net.init(key), jax.random.normal(key, (6, 4)), jnp.arange(6) % 2

@@ -16,8 +16,9 @@ from jbackprop.factored.base import (
     Method,
     Place,
     kind,
+    over_examples,
+    present,
     stacked_place,
-    weighted,
     wide_dtype,
 )
 
@@ -103,8 +104,10 @@ class Full(Factored):
 
     def total(self, weights: Array | None = None) -> Array:
         _ = self.home  # raises for what was kept under an outer vmap
-        g = self.g if weights is None else weighted(weights, self.g)
-        return jnp.sum(g, axis=0, dtype=wide_dtype(g.dtype))
+        wide = wide_dtype(self.g.dtype)
+        if weights is None:
+            return jnp.sum(self.g, axis=0, dtype=wide)
+        return over_examples(weights.astype(wide), present(weights, self.g).astype(wide))
 
     def each(self) -> Array:
         _ = self.home  # raises for what was kept under an outer vmap

@@ -14,7 +14,15 @@ from jax import Array
 
 from jbackprop.factored import Method, PyTree
 from jbackprop.per_example.answers import check_question, root, summed, times
-from jbackprop.per_example.source import Deferred, Pairs, Source, in_parts, like_params, opened
+from jbackprop.per_example.source import (
+    Deferred,
+    Pairs,
+    Source,
+    WrittenOut,
+    in_parts,
+    like_params,
+    opened,
+)
 from jbackprop.structure import trainable_mask
 
 Scheme = Literal["flat", "per_layer", "automatic"] | Callable[[Array], Array]
@@ -132,7 +140,8 @@ def clipped_gradient(
         scheme: "flat", "per_layer", "automatic", or a function from one norm to one factor.
         weights: (B,); they multiply the costs, before anything is clipped. 0: not there, even if
             the example holds NaN. By default ones.
-        method: how norms are found; see `norms`.
+        method: how norms are found; see `norms`. "materialise" with a microbatch writes the
+            gradients of so many examples out, once for their norms and their sum.
         microbatch: so many examples at a time; bounds the memory, and changes nothing else.
 
     Returns:
@@ -244,6 +253,8 @@ def clipped_sums(
 
     def question(source: Source, weights: Array | None) -> tuple[Any, Any]:
         by_layer = scheme == "per_layer"
+        if method == "materialise" and size is not None:
+            source = WrittenOut(source)
         squares = source.ask(lambda pair: pair.square_norm(method), by_copy=by_layer)
         norms = root(summed(squares, source.n), weights)
         if by_layer:

@@ -14,10 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jbackprop.factored import Factored, Nothing, PyTree, is_factored, scan_examples
+from jbackprop.factored import (
+    Factored,
+    Full,
+    Nothing,
+    Place,
+    PyTree,
+    is_factored,
+    scan_examples,
+)
 from jbackprop.gradient import Ahead, Backprop, check_call, refuse_coupling, sweep_forward
 from jbackprop.losses import Loss
-from jbackprop.structure import by_copy, rebuild, trainable_mask
+from jbackprop.structure import by_copy, rebuild, stack_axes, trainable_mask
 from jbackprop.sweep import Node, backward, batch_size
 
 
@@ -102,6 +110,12 @@ class Source(abc.ABC):
     def learns(self) -> PyTree:
         """A tree like params: whether a parameter is not frozen."""
 
+    def copy_axes(self) -> PyTree:
+        """A tree like params: how many axes of copies a parameter has in front."""
+        assert self.net is not None
+        axes = stack_axes(self.net)
+        return jax.tree.map(lambda path: axes.get(path, 0), self.layers())
+
     def layers(self) -> PyTree:
         """A tree like params: the path of the layer that each parameter belongs to."""
         assert self.net is not None
@@ -158,6 +172,9 @@ class Kept(Source):
             lambda pair: not isinstance(pair, Nothing), self.pairs, is_leaf=is_factored
         )
 
+    def copy_axes(self) -> PyTree:
+        return jax.tree.map(lambda pair: len(pair.home.stack), self.pairs, is_leaf=is_factored)
+
     def _by_copy(self, found: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
         if self.net is not None:
             return super()._by_copy(found)
@@ -199,6 +216,25 @@ class Swept(Source):
 
     def learns(self) -> PyTree:
         return trainable_mask(self.batch.net, self.batch.params)
+
+
+class WrittenOut(Kept):
+    """The gradients of another source, written out at once: it is asked once."""
+
+    def __init__(self, source: Source):
+        self._learns = source.learns()
+        # With the examples last, copies that are asked one after the other come to stand right.
+        found = source.ask(lambda pair: jnp.moveaxis(pair.each(), 0, -1))
+
+        def full(g: Array, axes: int) -> Factored:
+            place = Place(g.shape[axes:-1], g.dtype, stack=g.shape[:axes])
+            return Full(jnp.moveaxis(g, -1, 0), "written out", place)
+
+        pairs = jax.tree.map(full, found, source.copy_axes())
+        super().__init__(pairs, source.n, source.net, source.ahead)
+
+    def learns(self) -> PyTree:
+        return self._learns
 
 
 def opened(bp: Pairs) -> Source:
