@@ -11,6 +11,7 @@ from jbackprop.averages import batch_averages as batch_averages
 from jbackprop.averages import fold_batch_norm as fold_batch_norm
 from jbackprop.averages import mean_averages as mean_averages
 from jbackprop.averages import update_averages as update_averages
+from jbackprop.capture import capture as capture
 from jbackprop.compose import Checkpoint as Checkpoint
 from jbackprop.compose import FanOut as FanOut
 from jbackprop.compose import Frozen as Frozen

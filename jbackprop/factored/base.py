@@ -44,12 +44,14 @@ Method = Literal["auto", "gram", "materialise"]
 matrices of activations and deltas over the positions, by writing the gradients out, or whichever
 takes fewer products."""
 Step = tuple[Any, ...]
-"""One step of a `Place`: ("transpose", axes), ("reshape", shape) or ("slice", starts, stops)."""
+"""One step of a `Place`: ("transpose", axes), ("reshape", shape), ("flip", axes), or ("slice",
+starts, stops) and optionally strides."""
 
 _STEPS: dict[str, Callable[..., Array]] = {
     "transpose": jnp.transpose,
     "reshape": jnp.reshape,
     "slice": lax.slice,
+    "flip": lax.rev,
 }
 
 
@@ -61,7 +63,7 @@ class Place:
         shape: the shape of one copy of the parameter.
         dtype: the parameter's dtype.
         path: the parameter's name in the network, such as ``layers[2].w``; empty while unknown.
-        steps: transposes, reshapes and slices that lead from one copy of the parameter to the
+        steps: transposes, reshapes, slices and flips that lead from one copy of the parameter to the
             array (G, feature...) whose gradient the kind holds. None at all: a reshape.
         stack: the leading axes along which copies of the parameter are stacked.
     """

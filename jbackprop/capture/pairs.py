@@ -1,0 +1,184 @@
+"""From what the taps give to factored gradients: which axes are groups and which are positions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jbackprop.capture.uses import Use
+from jbackprop.factored import (
+    Factored,
+    Full,
+    Lookup,
+    Nothing,
+    Outer,
+    Patches,
+    Place,
+    Scale,
+    Shift,
+    Step,
+    Sum,
+)
+
+
+def pair_of(
+    found: Sequence[Use],
+    made: Sequence[tuple[Array, ...]],
+    ids: Sequence[Array | None],
+    like: Any,
+    path: str,
+    n: int,
+    inside: int = 0,
+) -> Factored:
+    """The factored gradient of one parameter from all its uses.
+
+    Args:
+        found: its uses.
+        made: what each of them made, (B, one axis for each level of scans, ...).
+        ids: the rows that each of them looked up.
+        like: the parameter's shape and dtype; of one slice of it, if `inside`.
+        path: its name.
+        n: B.
+        inside: so many of the levels are left out: it is about one turn of those scans.
+    """
+    if not found:
+        return Nothing(jnp.zeros((n, 0)), Place(tuple(like.shape), like.dtype, path))
+    pairs = [
+        _one(use, arrays, rows, like, path, inside)
+        for use, arrays, rows in zip(found, made, ids, strict=True)
+    ]
+    parts = joined(found, pairs)
+    return parts[0] if len(parts) == 1 else Sum(tuple(parts), _bare(parts[0].home))
+
+
+def _bare(place: Place) -> Place:
+    """The same parameter, as it is."""
+    shape = place.stack + place.shape
+    return Place(shape, place.dtype, place.path) if place.steps else place
+
+
+def joined(found: Sequence[Use], pairs: Sequence[Factored]) -> list[Factored]:
+    """Pairs of the same form as one, with their positions side by side."""
+    parts: list[tuple[Use, Factored]] = []
+    for use, pair in zip(found, pairs, strict=True):
+        for k, (other, there) in enumerate(parts):
+            both = _joined(other, there, use, pair)
+            if both is not None:
+                parts[k] = (other, both)
+                break
+        else:
+            parts.append((use, pair))
+    return [pair for _, pair in parts]
+
+
+def _joined(use: Use, one: Factored, other: Use, two: Factored) -> Factored | None:
+    if isinstance(one, Outer) and isinstance(two, Outer) and one.place != two.place:
+        # W here, its transpose there: a (outer) delta = (delta (outer) a)^T.
+        (b, i, o), turned = use.order, other.order
+        if turned != (b, o, i) or _way(use) != _way(other):
+            return None
+        two = Outer(two.delta, two.a, one.place)
+    if type(one) is not type(two) or one.place != two.place:
+        return None
+    if isinstance(one, Patches):
+        return None
+    if isinstance(one, Full):
+        return dataclasses.replace(one, g=one.g + two.g)  # type: ignore[attr-defined]
+
+    def side_by_side(x: Array, y: Array) -> Array:
+        dtype = jnp.promote_types(x.dtype, y.dtype)
+        return jnp.concatenate([x.astype(dtype), y.astype(dtype)], axis=2)
+
+    return jax.tree.map(side_by_side, one, two)
+
+
+def _way(use: Use) -> Any:
+    """What was done to its parameter before the use, but for being held in scans."""
+    return use.part.steps, [level for level in use.part.levels if level.grouped]
+
+
+def _one(
+    use: Use, arrays: Sequence[Array], ids: Array | None, like: Any, path: str, inside: int
+) -> Factored:
+    levels = use.part.levels[inside:]
+    grouped = [k + 1 for k, level in enumerate(levels) if level.grouped]
+    held = [k + 1 for k, level in enumerate(levels) if not level.grouped]
+    first = 1 + len(levels)  # the axes of one use begin here
+
+    def merged(x: Array, *runs: Sequence[int]) -> Array:
+        shape = [x.shape[0], *(math.prod(x.shape[k] for k in run) for run in runs)]
+        return x.transpose(0, *(k for run in runs for k in run)).reshape(shape)
+
+    def canonical(x: Array) -> Array:
+        rest = [[k] for k in range(first + 2, x.ndim)]
+        return merged(x, [*grouped, first], [*held, first + 1], *rest)
+
+    place = _place(use, like, path, inside)
+    if use.kind == "Outer":
+        return Outer(*map(canonical, arrays), place)
+    if use.kind == "Shift":
+        return Shift(canonical(arrays[0]), place)
+    if use.kind == "Scale":
+        return Scale(*map(canonical, arrays), place)
+    if use.kind == "Lookup":
+        assert ids is not None
+        return Lookup(canonical(ids), canonical(arrays[0]), use.rows, place)
+    if use.kind == "Patches":
+        geometry = use.geometry
+        assert geometry is not None
+        places = [[k] for k in range(first + 1, arrays[0].ndim)]
+        a, delta = (merged(x, grouped, [*held, first], *places) for x in arrays)
+        if a.shape[2] == 1:
+            return Patches(a[:, :, 0], delta[:, :, 0], geometry, place)
+        return Patches(a, delta, _longer(geometry), place)
+    (g,) = arrays
+    written = jax.vmap(place.restore)(g.astype(place.dtype))
+    return Full(written, use.why, _bare(place))
+
+
+def _longer(geometry: Any) -> Any:
+    """With one axis more in front, along which the kernel is one entry long: positions."""
+    return dataclasses.replace(
+        geometry,
+        kernel=(1, *geometry.kernel),
+        strides=(1, *geometry.strides),
+        padding=((0, 0), *geometry.padding),
+        dilation=(1, *geometry.dilation),
+        spread=(1, *geometry.spread),
+    )
+
+
+def _place(use: Use, like: Any, path: str, inside: int) -> Place:
+    """Where a use's canonical form lies in its parameter."""
+    grouped = [level for level in use.part.levels[inside:] if level.grouped]
+    shape = tuple(like.shape)
+    if not any(level.steps for level in grouped):  # its leading axes are scanned as they are
+        depth = len(grouped)
+        return Place(shape[depth:], like.dtype, path, use.steps, shape[:depth])
+    steps: list[Step] = []
+    depths: list[int] = []
+    for level in grouped:
+        steps += [_under(step, depths) for step in level.steps]
+        depths.append(level.length)
+    return Place(shape, like.dtype, path, (*steps, *(_under(step, depths) for step in use.steps)))
+
+
+def _under(step: Step, depths: Sequence[int]) -> Step:
+    """A step of an array, done to a stack of such arrays."""
+    n, front = len(depths), tuple(range(len(depths)))
+    name, *rest = step
+    if name == "transpose":
+        return name, (*front, *(k + n for k in rest[0]))
+    if name == "reshape":
+        return name, (*depths, *rest[0])
+    if name == "flip":
+        return name, tuple(k + n for k in rest[0])
+    starts, stops, *strides = rest
+    by = [(*(1 for _ in front), *strides[0])] if strides else []
+    return name, (*(0 for _ in front), *starts), (*depths, *stops), *by
