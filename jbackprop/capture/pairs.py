@@ -29,8 +29,7 @@ from jbackprop.factored import (
 
 def pair_of(
     found: Sequence[Use],
-    made: Sequence[tuple[Array, ...]],
-    ids: Sequence[Array | None],
+    made: Sequence[tuple[Array | None, Array]],
     like: Any,
     path: str,
     n: int,
@@ -40,8 +39,8 @@ def pair_of(
 
     Args:
         found: its uses.
-        made: what each of them made, (B, one axis for each level of scans, ...).
-        ids: the rows that each of them looked up.
+        made: what each of them looked at, if anything, and its delta: (B, one axis for each level
+            of scans, ...).
         like: the parameter's shape and dtype; of one slice of it, if `inside`.
         path: its name.
         n: B.
@@ -50,8 +49,7 @@ def pair_of(
     if not found:
         return Nothing(jnp.zeros((n, 0)), Place(tuple(like.shape), like.dtype, path))
     pairs = [
-        _one(use, arrays, rows, like, path, inside)
-        for use, arrays, rows in zip(found, made, ids, strict=True)
+        _one(use, *own, like, path, inside) for use, own in zip(found, made, strict=True)
     ]
     parts = joined(found, pairs)
     return parts[0] if len(parts) == 1 else Sum(tuple(parts), _bare(parts[0].home))
@@ -104,7 +102,7 @@ def _way(use: Use) -> Any:
 
 
 def _one(
-    use: Use, arrays: Sequence[Array], ids: Array | None, like: Any, path: str, inside: int
+    use: Use, look: Any, delta: Array, like: Any, path: str, inside: int
 ) -> Factored:
     levels = use.part.levels[inside:]
     grouped = [k + 1 for k, level in enumerate(levels) if level.grouped]
@@ -120,26 +118,23 @@ def _one(
         return merged(x, [*grouped, first], [*held, first + 1], *rest)
 
     place = _place(use, like, path, inside)
-    if use.kind == "Outer":
-        return Outer(*map(canonical, arrays), place)
-    if use.kind == "Shift":
-        return Shift(canonical(arrays[0]), place)
-    if use.kind == "Scale":
-        return Scale(*map(canonical, arrays), place)
-    if use.kind == "Lookup":
-        assert ids is not None
-        return Lookup(canonical(ids), canonical(arrays[0]), use.rows, place)
+    if use.kind == "Full":
+        written = jax.vmap(place.restore)(delta.astype(place.dtype))
+        return Full(written, use.why, _bare(place))
     if use.kind == "Patches":
-        geometry = use.geometry
-        assert geometry is not None
-        places = [[k] for k in range(first + 1, arrays[0].ndim)]
-        a, delta = (merged(x, grouped, [*held, first], *places) for x in arrays)
+        assert use.geometry is not None
+        places = [[k] for k in range(first + 1, delta.ndim)]
+        a, delta = (merged(x, grouped, [*held, first], *places) for x in (look, delta))
         if a.shape[2] == 1:
-            return Patches(a[:, :, 0], delta[:, :, 0], geometry, place)
-        return Patches(a, delta, _longer(geometry), place)
-    (g,) = arrays
-    written = jax.vmap(place.restore)(g.astype(place.dtype))
-    return Full(written, use.why, _bare(place))
+            return Patches(a[:, :, 0], delta[:, :, 0], use.geometry, place)
+        return Patches(a, delta, _longer(use.geometry), place)
+    delta = canonical(delta)
+    if use.kind == "Shift":
+        return Shift(delta, place)
+    a = canonical(look)
+    if use.kind == "Lookup":
+        return Lookup(a, delta, use.rows, place)
+    return Outer(a, delta, place) if use.kind == "Outer" else Scale(a, delta, place)
 
 
 def _longer(geometry: Any) -> Any:

@@ -34,11 +34,13 @@ class Action:
     """What is to be done at one operation.
 
     Attributes:
+        looks: uses that look at its operands.
         before: uses by the operand whose delta they want.
         after: uses by the result whose delta they want.
         inner: how the program inside it is to be run.
     """
 
+    looks: list[Use] = dataclasses.field(default_factory=list)
     before: dict[int, list[Use]] = dataclasses.field(default_factory=dict)
     after: dict[int, list[Use]] = dataclasses.field(default_factory=dict)
     inner: Plan | None = None
@@ -51,9 +53,10 @@ class Plan:
     Attributes:
         jaxpr: the program.
         consts: its constants.
-        actions: by the operation's number; others are run as they are.
         depth: how many programs are around it.
-        uses: the numbers of the uses inside.
+        actions: by the operation's number; others are run as they are.
+        last: uses that want the delta of the result itself.
+        uses: all uses inside.
         exports: (variable here, key outside) of factors that are needed outside.
         active: whether each input may carry a delta.
     """
@@ -66,6 +69,37 @@ class Plan:
     uses: list[Use] = dataclasses.field(default_factory=list)
     exports: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
     active: list[bool] = dataclasses.field(default_factory=list)
+
+    def share_deltas(self) -> None:
+        """Where z + b is all that becomes of z, the delta of z is that of the sum.
+
+        So the weights that made z want the delta that the bias has, and it is made once.
+        """
+        readers: dict[Any, int] = {}
+        for eqn in self.jaxpr.eqns:
+            for v in eqn.invars:
+                if not isinstance(v, Literal):
+                    readers[v] = readers.get(v, 0) + 1
+        for v in self.jaxpr.outvars:
+            if not isinstance(v, Literal):
+                readers[v] = readers.get(v, 0) + 2
+        made: dict[Any, list[Use]] = {}
+        for number, eqn in enumerate(self.jaxpr.eqns):
+            own = self.actions.get(number)
+            if own is None or own.inner is not None or not own.after:
+                continue
+            out = eqn.outvars[0]
+            if eqn.primitive.name == "add":
+                for v in eqn.invars:
+                    same = not isinstance(v, Literal) and v.aval.shape == out.aval.shape
+                    if same and v in made and readers[v] == 1:
+                        own.after[0] += made[v]
+                        made[v].clear()
+            made[out] = own.after[0]
+        for own in self.actions.values():
+            for found in own.after.values():
+                for use in found:
+                    use.tap = found[0].index
 
 
 class Factor(NamedTuple):
@@ -96,8 +130,8 @@ def _shape(v: Any) -> tuple[int, ...]:
     return tuple(v.aval.shape)
 
 
-def _floating(v: Any) -> bool:
-    return bool(jnp.issubdtype(v.aval.dtype, jnp.floating))
+def _carries_delta(v: Any) -> bool:
+    return bool(jnp.issubdtype(v.aval.dtype, jnp.inexact))
 
 
 def _inner(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]]:
@@ -136,7 +170,7 @@ class Planner:
                     env[out] = Known((), data, active)
                 continue
             action, moved = self._visit(eqn, found, data, depth)
-            if action.before or action.after or action.inner:
+            if action != Action():
                 plan.actions[number] = action
             if isinstance(moved[0] if moved else None, Known):
                 env.update(zip(eqn.outvars, moved, strict=True))
@@ -145,12 +179,15 @@ class Planner:
             for out, own in zip(eqn.outvars, moved, strict=True):
                 env[out] = Known(own or (), data, active)
         plan.uses = self.uses[first:]
+        plan.share_deltas()
         return plan, [read(v) for v in jaxpr.outvars]
 
     def add(self, use: Use, of: Any, operands: Sequence[Any] = ()) -> Use:
         """Number a use of a variable, an operand or a result."""
-        reads = [] if use.ids else [_like(operands[k]) for k in use.reads]
-        use.shapes = jax.eval_shape(use.emit, reads, _like(of))
+        like = _like(of)
+        use.delta_like = jax.ShapeDtypeStruct(use.delta.like(like.shape), like.dtype)
+        if use.look is not None:
+            use.look_like = jax.eval_shape(use.look, [_like(v) for v in operands])
         use.index = len(self.uses)
         self.uses.append(use)
         return use
@@ -165,7 +202,7 @@ class Planner:
             return self._call(eqn, known, depth)
         if name == "scan":
             return self._scan(eqn, known, depth)
-        if name in _CONSTANT or not any(map(_floating, eqn.outvars)):
+        if name in _CONSTANT or not any(map(_carries_delta, eqn.outvars)):
             return Action(), nothing
         try:
             if name in _MOVES:
@@ -174,8 +211,7 @@ class Planner:
                 own = _LINEAR[name](eqn, known)
                 if not data:
                     return Action(), [own]
-                shape = _shape(eqn.outvars[0])
-                return self._after(eqn, [uses.shift(part, shape, name) for part in own])
+                return self._after(eqn, [uses.shift(part, name) for part in own])
             if name in ("mul", "div"):
                 own = _times_number(eqn, known, depth)
                 if own:
@@ -187,17 +223,23 @@ class Planner:
             action = Action()
             for k, v in enumerate(eqn.invars):
                 own = known[k].parts
-                found = [uses.full(part, _shape(v), name, str(reason)) for part in own]
+                found = [uses.full(part, name, str(reason)) for part in own]
                 if found:
                     action.before[k] = [self.add(use, v) for use in found]
             return action, nothing
 
     def _after(self, eqn: JaxprEqn, found: list[Use]) -> tuple[Action, list[Parts]]:
         (out,) = eqn.outvars
-        return Action(after={0: [self.add(use, out, eqn.invars) for use in found]}), [()]
+        found = [self.add(use, out, eqn.invars) for use in found]
+        looks = [use for use in found if use.look is not None]
+        return Action(looks, after={0: found}), [()]
 
     def _call(self, eqn: JaxprEqn, known: list[Known], depth: int) -> tuple[Action, list[Known]]:
         inner, out = self.plan(*_inner(eqn), known, depth + 1)
+        if eqn.primitive.name in CHECKPOINTS:
+            for use in inner.uses:  # integers cannot be handed over by a sweep back
+                like = use.look_like
+                use.again = like is not None and bool(jnp.issubdtype(like.dtype, jnp.floating))
         exports: dict[Any, Factor] = {}
 
         def leave(factor: Any) -> Any:
@@ -260,10 +302,12 @@ class Planner:
             carried = now
             closed |= newly
         self.scans -= 1
+        for use in inner.uses:
+            use.scans.insert(0, inner)
         action = Action(inner=inner)
         for k, why in closed.items():
             v, own = eqn.invars[k], known[k].parts
-            found = [uses.full(part, _shape(v), "scan", why) for part in own]
+            found = [uses.full(part, "scan", why) for part in own]
             action.before[k] = [self.add(use, v) for use in found]
         data = [k.data for k in out]
         return action, [Known(a or (), b, True) for a, b in zip(left, data, strict=True)]
@@ -340,7 +384,7 @@ def _broadcast(eqn: JaxprEqn, part: Part) -> Part:
 
 
 def _reshape(eqn: JaxprEqn, part: Part) -> Part | None:
-    if eqn.params.get("dimensions") is not None:
+    if eqn.primitive.name == "reshape" and eqn.params.get("dimensions") is not None:
         return None
     return parts.reshape(part, _shape(eqn.invars[0]), _shape(eqn.outvars[0]))
 
@@ -369,7 +413,7 @@ def _identity(eqn: JaxprEqn, known: list[Known]) -> list[Parts]:
 
 
 def _convert(eqn: JaxprEqn, known: list[Known]) -> list[Parts]:
-    if not _floating(eqn.outvars[0]):
+    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         raise Unfollowed(f"it is made {eqn.outvars[0].aval.dtype}")
     return [known[0].parts]
 
@@ -392,11 +436,11 @@ _MOVES: dict[str, Rule] = {
 
 
 def _spread(eqn: JaxprEqn, known: list[Known], k: int) -> Parts:
-    """The parts of an operand, spread to the shape of the result if it is a scalar."""
+    """The parts of an operand, spread to the shape of the result where JAX does so by itself."""
     old, new = _shape(eqn.invars[k]), _shape(eqn.outvars[0])
     if old == new:
         return known[k].parts
-    return tuple(parts.broadcast(part, old, new, ()) for part in known[k].parts)
+    return tuple(parts.broadcast(part, old, new, range(len(old))) for part in known[k].parts)
 
 
 def _times_number(eqn: JaxprEqn, known: list[Known], depth: int) -> Parts:
@@ -415,6 +459,22 @@ def _times_number(eqn: JaxprEqn, known: list[Known], depth: int) -> Parts:
             by = Factor(depth, v, divided)
         return tuple(parts.scaled(part, by) for part in _spread(eqn, known, k))
     return ()
+
+
+def _tile(eqn: JaxprEqn, known: list[Known]) -> Parts:
+    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    found = known[0].parts
+    for axis, (size, total) in enumerate(zip(old, new, strict=True)):
+        shape = (*new[:axis], *old[axis:])
+        if size == 1:
+            wider = (*new[: axis + 1], *old[axis + 1 :])
+            found = tuple(parts.broadcast(part, shape, wider, range(len(old))) for part in found)
+        else:
+            starts = range(0, total, max(size, 1))
+            found = tuple(
+                parts.put(part, shape, axis, at, total) for part in found for at in starts
+            )
+    return found
 
 
 def _add(eqn: JaxprEqn, known: list[Known]) -> Parts:
@@ -450,6 +510,7 @@ def _pad(eqn: JaxprEqn, known: list[Known]) -> Parts:
 _LINEAR: dict[str, Callable[[JaxprEqn, list[Known]], Parts]] = {
     "add": _add,
     "add_any": _add,
+    "tile": _tile,
     "sub": _sub,
     "concatenate": _concatenate,
     "pad": _pad,

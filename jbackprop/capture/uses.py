@@ -1,9 +1,9 @@
 """Where a parameter meets data: the pair (what it met, delta of what came out) for each operation.
 
-Every rule gives `Use`s: what to read of the operation's operands, and how they and the delta of its
-result make the arrays of a kind in canonical form, for one example. The operation's own gradient is
-nowhere used, so that each of these is a hand-derived rule: with P the operation, W the parameter
-and x the other operand, dC/dW = <delta, dP/dW>.
+Every rule gives `Use`s: how to look at what the parameter met, and how the delta of the result
+makes the other half of the pair, in the canonical form of a kind and for one example. The
+operation's own gradient is nowhere used, so that each of these is a hand-derived rule: with P the
+operation, W the parameter and x the other operand, dC/dW = <delta, dP/dW>.
 """
 
 from __future__ import annotations
@@ -16,10 +16,43 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbackprop.capture.parts import Part, arranged
+from jbackprop.capture.parts import Box, Part, arranged
 from jbackprop.factored import Geometry, Step
 
 Values = Sequence[Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How the axes of an array make those of a kind.
+
+    Attributes:
+        runs: for each axis of the kind, the axes that are merged into it.
+        boxes: (axis, box) of axes that are cut first.
+        summed: axes that are summed over, before they are merged.
+    """
+
+    runs: tuple[tuple[int, ...], ...]
+    boxes: tuple[tuple[int, Box], ...] = ()
+    summed: tuple[int, ...] = ()
+
+    def of(self, x: Array) -> Array:
+        """The array in that form."""
+        for axis, box in self.boxes:
+            x = lax.slice_in_dim(x, *box, axis=axis)
+        if self.summed:
+            x = jnp.sum(x, axis=self.summed, keepdims=True)
+        shape = [math.prod(x.shape[k] for k in run) for run in self.runs]
+        return x.transpose([k for run in self.runs for k in run]).reshape(shape)
+
+    def like(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of an array of this shape in that form."""
+        sizes = list(shape)
+        for axis, box in self.boxes:
+            sizes[axis] = box[1] - box[0]
+        for axis in self.summed:
+            sizes[axis] = 1
+        return tuple(math.prod(sizes[k] for k in run) for run in self.runs)
 
 
 @dataclasses.dataclass(eq=False)
@@ -30,93 +63,92 @@ class Use:
         kind: "Outer", "Shift", "Scale", "Lookup", "Patches" or "Full".
         part: what is used.
         operation: the primitive.
-        emit: from what is read, and the delta, to the arrays of the kind: (G, T, feature), for
-            "Patches" (N, *size, c), for "Full" (*the part's own shape).
-        reads: the operands that are read.
+        delta: the form of the delta: (G, T, feature), for "Patches" (N, *size, c), for "Full"
+            (*the part's own shape).
+        look: from the values of the operation's operands to the other half of the pair, if it has
+            one, in its form; for a "Lookup" the rows (G, T).
         steps: from the parameter to the canonical form.
-        ids: from what is read to the rows (G, T) of a "Lookup".
         order: the axes of the array that make G, i and o of an "Outer".
         geometry: of "Patches".
         rows: of a "Lookup".
         why: of "Full".
         index: among all uses.
-        shapes: of the arrays that `emit` makes.
+        again: whether what it looked at is made again for the sweep back, rather than kept.
+        tap: the same for uses of one delta.
+        delta_like, look_like: the shapes and dtypes of the two halves.
+        scans: the plans of the scans around, from the outermost.
     """
 
     kind: str
     part: Part
     operation: str
-    emit: Callable[[Values, Array], tuple[Array, ...]]
-    reads: tuple[int, ...] = ()
+    delta: Form
+    look: Callable[[Values], Array] | None = None
     steps: tuple[Step, ...] = ()
-    ids: Callable[[Values], Array] | None = None
     order: tuple[tuple[int, ...], ...] = ()
     geometry: Geometry | None = None
     rows: int = 0
     why: str = ""
     index: int = -1
-    shapes: tuple[Any, ...] = ()
+    again: bool = False
+    tap: int = -1
+    delta_like: Any = None
+    look_like: Any = None
+    scans: list[Any] = dataclasses.field(default_factory=list)
 
 
-def _box(x: Array, axes: Sequence[int], part: Part, of: Sequence[int]) -> Array:
-    """x, where its axes `axes` lie along the axes `of` of a variable, cut to the part's box."""
-    for axis, k in zip(axes, of, strict=True):
-        box = part.boxes[k]
-        if box is not None:
-            x = lax.slice_in_dim(x, *box, axis=axis)
-    return x
+def _boxes(part: Part, axes: Sequence[int], of: Sequence[int]) -> tuple[tuple[int, Box], ...]:
+    """The boxes of the part along the axes `of` of its variable, for an array's axes `axes`."""
+    pairs = zip(axes, (part.boxes[k] for k in of), strict=True)
+    return tuple((axis, box) for axis, box in pairs if box is not None)
 
 
-def _merged(x: Array, *runs: Sequence[int]) -> Array:
-    """x with its axes in this order, each run of them made one axis."""
-    shape = [math.prod(x.shape[k] for k in run) for run in runs]
-    return x.transpose([k for run in runs for k in run]).reshape(shape)
+def _real(part: Part, axes: Sequence[int], of: Sequence[int]) -> tuple[int, ...]:
+    return tuple(k for k, w in zip(axes, of, strict=True) if part.axes[w] is not None)
 
 
-def full(part: Part, shape: tuple[int, ...], operation: str, why: str) -> Use:
+def _repeated(part: Part, axes: Sequence[int], of: Sequence[int]) -> tuple[int, ...]:
+    return tuple(k for k, w in zip(axes, of, strict=True) if part.axes[w] is None)
+
+
+def _axes(part: Part, of: Sequence[int]) -> tuple[int, ...]:
+    """The axes of the part's array along these axes of its variable."""
+    return tuple(axis for axis in (part.axes[k] for k in of) if axis is not None)
+
+
+def _positions(part: Part) -> Form:
+    """Of an array like the variable: (T, o), T being the axes along which the part is repeated."""
+    every = range(len(part.axes))
+    runs = ((), _repeated(part, every, every), _real(part, every, every))
+    return Form(runs, _boxes(part, every, every))
+
+
+def full(part: Part, operation: str, why: str) -> Use:
     """Its gradient, written out for the example."""
-
-    def emit(values: Values, delta: Array) -> tuple[Array, ...]:
-        every = range(len(shape))
-        delta = _box(delta, every, part, every)
-        delta = jnp.sum(delta, axis=[k for k in every if part.axes[k] is None])
-        return (delta.reshape([part.shape[k] for k in part.order]),)
-
-    return Use("Full", part, operation, emit, steps=arranged(part, part.order), why=why)
+    every = range(len(part.axes))
+    gone, left = _repeated(part, every, every), _real(part, every, every)
+    runs = tuple((k,) for k in left[:-1]) + ((*left[-1:], *gone),)
+    delta = Form(runs, _boxes(part, every, every), gone)
+    return Use("Full", part, operation, delta, steps=arranged(part, part.order), why=why)
 
 
-def shift(part: Part, shape: tuple[int, ...], operation: str) -> Use:
+def shift(part: Part, operation: str) -> Use:
     """y = W + x: sum_t delta_t, where t are the axes along which W is repeated."""
-
-    def emit(values: Values, delta: Array) -> tuple[Array, ...]:
-        return (_in_positions(delta, part),)
-
-    return Use("Shift", part, operation, emit, steps=arranged(part, part.order))
+    return Use("Shift", part, operation, _positions(part), steps=arranged(part, part.order))
 
 
 def scale(part: Part, shape: tuple[int, ...], operation: str, other: int) -> Use:
     """y = W * x or W / x: sum_t h_t * delta_t with h = x or 1 / x."""
+    form = _positions(part)
 
-    def emit(values: Values, delta: Array) -> tuple[Array, ...]:
-        h = jnp.broadcast_to(values[0], shape)
-        h = 1 / h if operation == "div" else h
-        return _in_positions(h, part), _in_positions(delta, part)
+    def look(values: Values) -> Array:
+        h = jnp.broadcast_to(values[other], shape)
+        return form.of(1 / h if operation == "div" else h)
 
-    steps = arranged(part, part.order)
-    return Use("Scale", part, operation, emit, (other,), steps)
-
-
-def _in_positions(x: Array, part: Part) -> Array:
-    """An array like the variable as (1, T, o)."""
-    every = range(x.ndim)
-    x = _box(x, every, part, every)
-    repeated = [k for k in every if part.axes[k] is None]
-    return _merged(x, repeated, [k for k in every if part.axes[k] is not None])[None]
+    return Use("Scale", part, operation, form, look, arranged(part, part.order))
 
 
-def dot(
-    part: Part, shape: tuple[int, ...], numbers: Any, rank: int, mine: int
-) -> Use:
+def dot(part: Part, shape: tuple[int, ...], numbers: Any, rank: int, mine: int) -> Use:
     """y = sum_c W_bcf x_bct: a = x and delta in groups b and positions t.
 
     Where W is repeated along a batch axis b, that is one of positions; along a contracted axis c, x
@@ -135,34 +167,30 @@ def dot(
     f = tuple(k for k in range(len(shape)) if k not in b + c)
     t = tuple(k for k in range(rank) if k not in xb + xc)
     # y has the batch axes, then the free ones of the left operand, then those of the right one.
-    first = len(b) + (len(t) if mine else 0)
-    yf = tuple(range(first, first + len(f)))
-    second = len(b) + (0 if mine else len(f))
-    yt = tuple(range(second, second + len(t)))
     yb = tuple(range(len(b)))
+    first, second = (len(b) + len(t), len(b)) if mine else (len(b), len(b) + len(f))
+    yf, yt = tuple(range(first, first + len(f))), tuple(range(second, second + len(t)))
 
-    def real(axes: tuple[int, ...], of: tuple[int, ...]) -> list[int]:
-        return [k for k, w in zip(axes, of, strict=True) if part.axes[w] is not None]
-
-    def repeated(axes: tuple[int, ...], of: tuple[int, ...]) -> list[int]:
-        return [k for k, w in zip(axes, of, strict=True) if part.axes[w] is None]
-
-    def emit(values: Values, delta: Array) -> tuple[Array, ...]:
-        x = _box(values[0], xb + xc, part, b + c)
-        delta = _box(delta, yb + yf, part, b + f)
-        x = jnp.sum(x, axis=tuple(repeated(xc, c)), keepdims=True)
-        delta = jnp.sum(delta, axis=tuple(repeated(yf, f)), keepdims=True)
-        a = _merged(x, real(xb, b), [*repeated(xb, b), *t], [*real(xc, c), *repeated(xc, c)])
-        delta = _merged(
-            delta, real(yb, b), [*repeated(yb, b), *yt], [*real(yf, f), *repeated(yf, f)]
+    def form(groups: Any, positions: Any, features: Any, of: Any) -> Form:
+        gone = _repeated(part, features, of)
+        runs = (
+            _real(part, groups, b),
+            (*_repeated(part, groups, b), *positions),
+            (*_real(part, features, of), *gone),
         )
-        return a, delta
+        return Form(runs, _boxes(part, groups + features, b + of), gone)
 
-    order = tuple(
-        tuple(axis for axis in (part.axes[k] for k in run) if axis is not None) for run in (b, c, f)
+    a, delta = form(xb, t, xc, c), form(yb, yt, yf, f)
+    order = (_axes(part, b), _axes(part, c), _axes(part, f))
+    return Use(
+        "Outer",
+        part,
+        "dot_general",
+        delta,
+        lambda values: a.of(values[1 - mine]),
+        arranged(part, sum(order, ())),
+        order,
     )
-    steps = arranged(part, sum(order, ()))
-    return Use("Outer", part, "dot_general", emit, (1 - mine,), steps, order=order)
 
 
 def convolution(part: Part, shape: tuple[int, ...], params: dict[str, Any]) -> Use | str:
@@ -170,9 +198,8 @@ def convolution(part: Part, shape: tuple[int, ...], params: dict[str, Any]) -> U
     numbers = params["dimension_numbers"]
     if params["batch_group_count"] != 1:
         return "a convolution with groups of examples"
-    if not part.whole or any(
-        axis is None and n != 1 for axis, n in zip(part.axes, shape, strict=True)
-    ):
+    repeated = any(axis is None and n != 1 for axis, n in zip(part.axes, shape, strict=True))
+    if not part.whole or repeated:
         return "a convolution whose kernel is repeated or put together"
     out, into, *spatial = numbers.rhs_spec
     perm = (*spatial, into, out)
@@ -185,14 +212,20 @@ def convolution(part: Part, shape: tuple[int, ...], params: dict[str, Any]) -> U
         params["feature_group_count"],
     )
 
-    def emit(values: Values, delta: Array) -> tuple[Array, ...]:
-        n, features, *places = numbers.lhs_spec
-        m, outputs, *others = numbers.out_spec
-        return values[0].transpose(n, *places, features), delta.transpose(m, *others, outputs)
+    def places(spec: Sequence[int]) -> Form:
+        n, features, *sizes = spec
+        return Form(((n,), *((k,) for k in sizes), (features,)))
 
-    order = tuple(axis for axis in (part.axes[k] for k in perm) if axis is not None)
-    steps = arranged(part, order)
-    return Use("Patches", part, "conv_general_dilated", emit, (0,), steps, geometry=geometry)
+    a = places(numbers.lhs_spec)
+    return Use(
+        "Patches",
+        part,
+        "conv_general_dilated",
+        places(numbers.out_spec),
+        lambda values: a.of(values[0]),
+        arranged(part, _axes(part, perm)),
+        geometry=geometry,
+    )
 
 
 def gather(
@@ -202,36 +235,36 @@ def gather(
 
     Out of range, JAX gives NaN or zeros and no gradient, or clips the index first.
     """
-    numbers = params["dimension_numbers"]
-    batch = tuple(numbers.operand_batching_dims)
-    sizes = params["slice_sizes"]
-    if len(numbers.start_index_map) != 1 or numbers.collapsed_slice_dims != numbers.start_index_map:
-        return "a gather along several axes, or of several rows at once"
-    (k,) = numbers.start_index_map
-    rest = tuple(j for j in range(len(shape)) if j not in (k, *batch))
-    if part.axes[k] is None or not part.whole or any(sizes[j] != shape[j] for j in rest):
-        return "a gather of parts of rows, or from what is repeated or put together"
-    rows = shape[k]
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    batch, batched = numbers.operand_batching_dims, numbers.start_indices_batching_dims
+    # Whatever the index along an axis that is read as a whole, in range it is 0.
     clip = params["mode"] == lax.GatherScatterMode.CLIP
+    along = [j for j in numbers.start_index_map if not (clip and sizes[j] == shape[j])]
+    if len(along) != 1 or sizes[along[0]] != 1:
+        return "a gather along several axes, or of several rows at once"
+    (k,) = along
+    column = numbers.start_index_map.index(k)
+    rest = tuple(j for j in range(len(shape)) if j not in (k, *batch))
+    left = tuple(j for j in range(len(shape)) if j not in numbers.collapsed_slice_dims + batch)
+    short = any(sizes[j] != shape[j] for j in rest) or not set(rest) <= set(left)
+    if part.axes[k] is None or not part.whole or short:
+        return "a gather of parts of rows, or from what is repeated or put together"
+    rows, groups = shape[k], _real(part, batched, batch)
     places = tuple(j for j in range(len(out)) if j not in numbers.offset_dims)
-    batched = tuple(numbers.start_indices_batching_dims)
-    groups = [j for j, w in zip(batched, batch, strict=True) if part.axes[w] is not None]
-    features = [j for j, w in zip(numbers.offset_dims, rest, strict=True) if part.axes[w] is not None]
-    repeated = [j for j, w in zip(numbers.offset_dims, rest, strict=True) if part.axes[w] is None]
+    others = tuple(j for j in range(len(places)) if j not in groups)
+    to = dict(zip(left, numbers.offset_dims, strict=True))
+    beside = tuple(to[j] for j in rest)
+    gone = (*_repeated(part, beside, rest), *((to[k],) if k in to else ()))
+    features = (*_real(part, beside, rest), *gone)
+    delta = (tuple(places[j] for j in groups), tuple(places[j] for j in others), features)
+    ids = Form((groups, others))
 
-    def ids(values: Values) -> Array:
-        found = values[0][..., 0]
-        found = jnp.clip(found, 0, rows - 1) if clip else found
-        return _merged(found, groups, [j for j in range(found.ndim) if j not in groups])
+    def look(values: Values) -> Array:
+        found = values[1][..., column]
+        return ids.of(jnp.clip(found, 0, rows - 1) if clip else found)
 
-    def emit(values: Values, delta: Array) -> tuple[Array, ...]:
-        delta = jnp.sum(delta, axis=tuple(repeated), keepdims=True)
-        others = [places[j] for j in range(len(places)) if j not in groups]
-        return (_merged(delta, [places[j] for j in groups], others, [*features, *repeated]),)
-
-    order = [part.axes[j] for j in (*batch, k, *rest)]
-    steps = arranged(part, [axis for axis in order if axis is not None])
-    return Use("Lookup", part, "gather", emit, (1,), steps, ids=ids, rows=rows)
+    steps = arranged(part, _axes(part, (*batch, k, *rest)))
+    return Use("Lookup", part, "gather", Form(delta, (), gone), look, steps, rows=rows)
 
 
 def dynamic_slice(part: Part, shape: tuple[int, ...], out: tuple[int, ...]) -> Use | str:
@@ -241,17 +274,13 @@ def dynamic_slice(part: Part, shape: tuple[int, ...], out: tuple[int, ...]) -> U
         return "a dynamic slice along several axes, or of what is put together"
     (k,) = cut
     rows, size = shape[k], out[k]
-    features = [j for j in range(len(shape)) if j != k and part.axes[j] is not None]
-    repeated = [j for j in range(len(shape)) if j != k and part.axes[j] is None]
+    rest = tuple(j for j in range(len(shape)) if j != k)
+    gone = _repeated(part, rest, rest)
 
-    def ids(values: Values) -> Array:
-        start = jnp.clip(jnp.asarray(values[0]), 0, rows - size)
+    def look(values: Values) -> Array:
+        start = jnp.clip(jnp.asarray(values[1 + k]), 0, rows - size)
         return (start + jnp.arange(size, dtype=start.dtype))[None]
 
-    def emit(values: Values, delta: Array) -> tuple[Array, ...]:
-        delta = jnp.sum(delta, axis=tuple(repeated), keepdims=True)
-        return (_merged(delta, [], [k], [*features, *repeated]),)
-
-    order = [part.axes[j] for j in (k, *features)]
-    steps = arranged(part, [axis for axis in order if axis is not None])
-    return Use("Lookup", part, "dynamic_slice", emit, (1 + k,), steps, ids=ids, rows=rows)
+    delta = Form(((), (k,), (*_real(part, rest, rest), *gone)), (), gone)
+    steps = arranged(part, _axes(part, (k, *rest)))
+    return Use("Lookup", part, "dynamic_slice", delta, look, steps, rows=rows)
