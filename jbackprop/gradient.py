@@ -240,11 +240,11 @@ def backprop(
     return bp
 
 
-def gradient(bp: Backprop, weights: Array | None = None) -> PyTree:
+def gradient(bp: Backprop | PyTree, weights: Array | None = None) -> PyTree:
     """sum_n weights_n dC_n/dparams, in the shapes and dtypes of params.
 
     Args:
-        bp: from `backprop`.
+        bp: from `backprop`, or a tree of factored gradients, as from `capture`.
         weights: (B,), by default 1/B each, which is the mean over the batch. An example of weight
             0 is not there, even if it holds NaN (but it has its part in a batch norm's statistics).
 
@@ -252,18 +252,26 @@ def gradient(bp: Backprop, weights: Array | None = None) -> PyTree:
         ValueError: weights of another shape, weights where a layer couples the examples (their
             pairs are not one example's; give the weights to `value_and_grad` instead), or the mean
             over an empty batch.
+        TypeError: what is neither.
     """
-    n = bp.losses.shape[0]
+    factored = bp.factored if isinstance(bp, Backprop) else bp
+    pairs = jax.tree.leaves(factored, is_leaf=is_factored)
+    if not isinstance(bp, Backprop) and not (pairs and all(map(is_factored, pairs))):
+        raise TypeError(
+            "gradient takes what backprop gives, or a tree of factored gradients, not "
+            f"{type(bp).__name__}; capture gives (costs, factored)"
+        )
+    n = bp.losses.shape[0] if isinstance(bp, Backprop) else pairs[0].size
     weights = None if weights is None else jnp.asarray(weights)
     check_weights(weights, n)
-    if weights is not None and bp.net.couples_examples:
+    if isinstance(bp, Backprop) and weights is not None and bp.net.couples_examples:
         raise ValueError(
             f"{coupling_layer(bp.net)} couples the examples, so that weights cannot be put on "
             "their pairs; use value_and_grad(net, loss)(params, x, y, weights)"
         )
     return jax.tree.map(
         lambda pair: _cast(pair.total(weights), pair, 1 if weights is not None else n),
-        bp.factored,
+        factored,
         is_leaf=is_factored,
     )
 

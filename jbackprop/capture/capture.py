@@ -2,80 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import Array
 
-from jbackprop.capture.contraction import Collect, birthplace, contraction, halves, sharing, zeros_of
-from jbackprop.capture.pairs import pair_of
-from jbackprop.capture.program import Program, traced
-from jbackprop.capture.run import Run, Sinks, evaluate
+from jbackprop.capture.deferred import DeferredCapture
+from jbackprop.capture.explain import Explanation, explanation
+from jbackprop.capture.program import traced
+from jbackprop.capture.sweep import run
 from jbackprop.factored import Factored, PyTree
 
 
-def run(program: Program, collect: Collect | None = None, aux: PyTree = None) -> tuple[Any, ...]:
-    """Costs (B,), what comes with them, and the pairs or what was collected of them, by leaf.
-
-    Args:
-        program: traced and planned.
-        collect: (pair, its part of aux) -> arrays, of one copy of scanned parameters at a time.
-        aux: a tree like params, for each copy of scanned parameters in front of one another.
-    """
-    n, leaves, every = program.n, program.params, range(len(program.params))
-    besides = {} if aux is None else dict(enumerate(program.tree.flatten_up_to(aux)))
-    own = [(besides[k],) if k in besides else () for k in every]
-    born = {}
-    if collect is not None:
-        for k in every:
-            found = program.of(k)
-            scans = birthplace(found)
-            if scans:
-                at = (leaves[k], program.paths[k], n)
-                born[k] = contraction(k, found, scans, *at, collect, own[k])
-    kept = [use for use in program.plan.uses if use.part.leaf not in born]
-    shared = sharing(kept)
-
-    def example(moving: list[Array], tag: Array) -> Any:
-        def forward(kept: Any, collected: Any) -> Any:
-            sinks = Sinks(kept, collected, {k: own[k] for k in born})
-            values = [*leaves, *moving]
-            results, seen = evaluate(program.plan, values, sinks, Run(born, tag))
-            return results[0], (results[1:], seen)
-
-        zeros = zeros_of(kept, shared)
-        value, back, (more, seen) = jax.vjp(
-            forward, zeros, {k: c.zeros() for k, c in born.items()}, has_aux=True
-        )
-        made, collected = back(jnp.ones((), value.dtype))
-        return value, more, made, seen, collected
-
-    costs, more, made, seen, collected = jax.vmap(example, out_axes=(0, 0, 0, 0, None))(
-        program.batch, jnp.zeros(n)
-    )
-    results = []
-    for k in every:
-        if k in born:
-            results.append(collected[k])
-            continue
-        found = program.of(k)
-        pair = pair_of(found, halves(found, shared, made, seen), leaves[k], program.paths[k], n)
-        results.append(pair if collect is None else by_copy(collect, pair, *own[k]))
-    return costs, jax.tree.unflatten(program.aux, more), results
-
-
-def by_copy(collect: Collect, pair: Factored, *own: Any) -> Any:
-    """What is collected of every copy of scanned parameters, in front of one another."""
-    if pair.home.stack:
-        return jax.vmap(functools.partial(by_copy, collect))(pair.copies(), *own)
-    return collect(pair, *own)
-
-
 class Capture:
-    """See `capture`."""
+    """See `__call__`; `explain` and `deferred` go with it."""
 
     def __call__(
         self,
@@ -83,7 +23,47 @@ class Capture:
         has_aux: bool = False,
         collect: Callable[[Factored], PyTree] | None = None,
     ) -> Callable[..., Any]:
-        """Docs to come."""
+        """Costs and pairs (activation, delta) of a mini-batch from any JAX function, unchanged.
+
+        The cost of one example is traced; every parameter is followed through reshapes, transposes,
+        broadcasts, casts, slices, nested calls, `jax.checkpoint` and `lax.scan` to where it meets
+        data: in a matmul, a convolution, a sum, a product, a lookup. What it met there and the
+        delta of what came out, dC/dz, make its pair, and one sweep back under `jax.vmap` gives all
+        deltas. The model is not rewritten, and no layer is known by name. A parameter that is used
+        several times is exact, cross terms included. Where there is no rule (a weight in a branch
+        of a `lax.cond` or in a custom rule, the norm of a weight, a penalty), that use of that
+        parameter falls back to its gradients, written out for every example (`Full`, with a
+        reason); `explain` shows where and what that costs.
+
+        Args:
+            cost: (params, *example) -> the cost of one example, () floating point. A model that
+                wants an axis of examples is given x[None].
+            has_aux: whether it gives (cost, aux).
+            collect: what is asked of each pair instead of keeping it, such as
+                ``lambda pair: pair.square_norm()``: from one `Factored` of the mini-batch to
+                arrays. Scanned parameters (a leading axis that `lax.scan` goes along) are asked
+                copy by copy, where the copy's turn of the scan ends in the sweep back, so that the
+                pairs of one copy are alive at a time, and `jax.checkpoint` keeps its worth; the
+                answers are stacked in front. It must treat the examples alike whatever their number
+                (it is traced once).
+
+        Returns:
+            A function (params, *batch) -> (costs, factored), or ((costs, aux), factored). `batch`
+            are trees of arrays (B, ...), also of PRNG keys (one for each example). `costs` are (B,)
+            and unscaled. `factored` is a tree like params of factored gradients of the examples'
+            own costs, divided by nothing: `jbackprop.gradient` and all of `jbackprop.per_example`
+            take it; with `collect`, a tree like params of what that gave. A pure function, to be
+            used under `jax.jit` like `jax.value_and_grad`; it traces the model at every call.
+
+        Raises:
+            TypeError: parameters that are no real floating-point arrays; a cost that is not one
+                number; integers for a batch's arrays.
+            ValueError: arrays that differ in the number of examples; a cost that reduces over an
+                axis of examples (a batch norm in training), which has no gradient of one of them.
+
+        Source: the pairs are those of the delta rule; taps for the deltas as in Dangel, Kunstner
+        and Hennig, BackPACK: packing more into backprop (2020), here by jaxpr and `jax.vjp`.
+        """
 
         def captured(params: PyTree, *batch: Any) -> Any:
             program = traced(cost, has_aux, params, batch)
@@ -92,6 +72,53 @@ class Capture:
             return ((costs, aux), tree) if has_aux else (costs, tree)
 
         return captured
+
+    def deferred(
+        self, cost: Callable[..., Any], has_aux: bool = False
+    ) -> Callable[..., DeferredCapture]:
+        """A mini-batch for the questions of `jbackprop.per_example`, without keeping its pairs.
+
+        Each question is a forward sweep and a sweep back that contracts the pairs where they are
+        born (see `collect` of `capture`); one that needs them twice, such as clipping, is two of
+        both: about the time of two gradients, and no more memory than one where the model is
+        scanned and rematerialised.
+
+        Args:
+            cost, has_aux: as in `capture`.
+
+        Returns:
+            A function (params, *batch) -> what `jbackprop.per_example` takes.
+
+        Raises:
+            TypeError, ValueError: as `capture`.
+        """
+
+        def later(params: PyTree, *batch: Any) -> DeferredCapture:
+            n = traced(cost, has_aux, params, batch).n
+            return DeferredCapture(params, batch, cost, has_aux, n)
+
+        return later
+
+    def explain(
+        self, cost: Callable[..., Any], has_aux: bool = False
+    ) -> Callable[..., Explanation]:
+        """Which pair each parameter has, what it takes, and why some have none.
+
+        Args:
+            cost, has_aux: as in `capture`.
+
+        Returns:
+            A function (params, *batch) -> `Explanation`; print it. Nothing is computed, so that
+            shapes (`jax.ShapeDtypeStruct`) do for params and batch.
+
+        Raises:
+            TypeError, ValueError: as `capture`.
+        """
+
+        def explained(params: PyTree, *batch: Any) -> Explanation:
+            return explanation(traced(cost, has_aux, params, batch))
+
+        return explained
 
 
 capture = Capture()

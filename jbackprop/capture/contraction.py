@@ -1,4 +1,4 @@
-"""Contracting pairs where they are born: inside the scan whose turns have parameters of their own."""
+"""Contracting pairs where they are born: in the scan whose turns have slices of a parameter."""
 
 from __future__ import annotations
 
@@ -47,13 +47,21 @@ def sharing(found: Sequence[Use]) -> Shared:
     }
 
 
-def halves(
-    found: Sequence[Use], shared: Shared, made: Halves, seen: dict[int, Array]
-) -> list[Any]:
+def halves(found: Sequence[Use], shared: Shared, made: Halves, seen: dict[int, Array]) -> list[Any]:
     """What was looked at (or None) and the delta, for every use."""
     return [
         (made.get((use.index, 1), seen.get(use.index)), made[shared[use.index], 0]) for use in found
     ]
+
+
+def mini_batch(use: Use, n: int, inside: int = 0) -> tuple[Any, Any]:
+    """The shapes of what a use looks at (or None), and of its delta, for n examples."""
+
+    def like(half: Any) -> Any:
+        shape = half and (n, *_lengths(use, inside), *half.shape)
+        return half and jax.ShapeDtypeStruct(shape, half.dtype)
+
+    return like(use.look_like), like(use.delta_like)
 
 
 def _lengths(use: Use, inside: int) -> tuple[int, ...]:
@@ -61,8 +69,7 @@ def _lengths(use: Use, inside: int) -> tuple[int, ...]:
 
 
 def birthplace(found: Sequence[Use]) -> list[Plan]:
-    """The scans, from the outermost, whose every turn has its own slice of a parameter, and all
-    uses of that slice.
+    """The scans, from the outermost, each of whose turns has a slice and all uses of that slice.
 
     What is asked of the parameter can be asked of each slice where the innermost of these ends a
     turn: nothing that meets it is elsewhere.
@@ -107,9 +114,7 @@ class Contraction:
     def zeros(self) -> Any:
         """Arrays like what is collected of all slices."""
         shapes = self.closed.out_avals
-        return self.tree.unflatten(
-            [jnp.zeros((*self.lengths, *v.shape), v.dtype) for v in shapes]  # type: ignore[attr-defined]
-        )
+        return self.tree.unflatten([jnp.zeros((*self.lengths, *v.shape), v.dtype) for v in shapes])
 
     def __call__(self, made: Any, seen: Any, tag: Array, besides: Any) -> Any:
         """What is collected of one slice; of all examples at once, when it is mapped over them.
@@ -123,7 +128,7 @@ class Contraction:
 
         @jax.custom_batching.custom_vmap
         def one(mapped: Any, tag: Array, besides: Any) -> Any:
-            return [jnp.zeros(v.shape, v.dtype) for v in self.closed.out_avals]  # type: ignore[attr-defined]
+            return [jnp.zeros(v.shape, v.dtype) for v in self.closed.out_avals]
 
         @one.def_vmap
         def all_of_them(n: int, is_mapped: Any, mapped: Any, tag: Array, besides: Any) -> Any:
@@ -170,10 +175,7 @@ def contraction(
         trees.append(tree)
         return [jnp.asarray(v) for v in leaves]
 
-    def mini_batch(use: Use, like: Any) -> Any:
-        return like and jax.ShapeDtypeStruct((n, *_lengths(use, depth), *like.shape), like.dtype)
-
-    made = [(mini_batch(use, use.look_like), mini_batch(use, use.delta_like)) for use in found]
+    made = [mini_batch(use, n, depth) for use in found]
     part = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[depth:], v.dtype), aux)
     closed = jax.make_jaxpr(collected)(made, part)
     lengths = tuple(level.length for level in found[0].part.levels[:depth])

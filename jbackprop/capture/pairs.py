@@ -48,20 +48,22 @@ def pair_of(
     """
     if not found:
         return Nothing(jnp.zeros((n, 0)), Place(tuple(like.shape), like.dtype, path))
-    pairs = [
-        _one(use, *own, like, path, inside) for use, own in zip(found, made, strict=True)
-    ]
-    parts = joined(found, pairs)
-    return parts[0] if len(parts) == 1 else Sum(tuple(parts), _bare(parts[0].home))
+    pairs = [_one(use, *own, like, path, inside) for use, own in zip(found, made, strict=True)]
+    parts = _side_by_side(found, pairs)
+    home = home_of(found, like, path, inside)
+    return parts[0] if len(parts) == 1 else Sum(tuple(parts), home)
 
 
-def _bare(place: Place) -> Place:
-    """The same parameter, as it is."""
-    shape = place.stack + place.shape
-    return Place(shape, place.dtype, place.path) if place.steps else place
+def home_of(found: Sequence[Use], like: Any, path: str, inside: int = 0) -> Place:
+    """The parameter, and along which leading axes it is scanned, wherever it is used."""
+    places = [_place(use, like, path, inside) for use in found]
+    stacks = {place.stack for place in places}
+    if len(stacks) == 1:
+        return dataclasses.replace(places[0], steps=())
+    return Place(tuple(like.shape), like.dtype, path)
 
 
-def joined(found: Sequence[Use], pairs: Sequence[Factored]) -> list[Factored]:
+def _side_by_side(found: Sequence[Use], pairs: Sequence[Factored]) -> list[Factored]:
     """Pairs of the same form as one, with their positions side by side."""
     parts: list[tuple[Use, Factored]] = []
     for use, pair in zip(found, pairs, strict=True):
@@ -101,9 +103,7 @@ def _way(use: Use) -> Any:
     return use.part.steps, [level for level in use.part.levels if level.grouped]
 
 
-def _one(
-    use: Use, look: Any, delta: Array, like: Any, path: str, inside: int
-) -> Factored:
+def _one(use: Use, look: Any, delta: Array, like: Any, path: str, inside: int) -> Factored:
     levels = use.part.levels[inside:]
     grouped = [k + 1 for k, level in enumerate(levels) if level.grouped]
     held = [k + 1 for k, level in enumerate(levels) if not level.grouped]
@@ -120,7 +120,7 @@ def _one(
     place = _place(use, like, path, inside)
     if use.kind == "Full":
         written = jax.vmap(place.restore)(delta.astype(place.dtype))
-        return Full(written, use.why, _bare(place))
+        return Full(written, use.why, dataclasses.replace(place, steps=()))
     if use.kind == "Patches":
         assert use.geometry is not None
         places = [[k] for k in range(first + 1, delta.ndim)]

@@ -13,7 +13,6 @@ it makes, or None where it cannot be followed.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,7 +91,7 @@ def _replace(part: Part, **changes: Any) -> Part:
 
 
 def arranged(part: Part, perm: Sequence[int]) -> tuple[Step, ...]:
-    """Its steps and a transpose that puts these axes first in this order; those of length 1 last."""
+    """Its steps and a transpose that puts these axes first, in this order."""
     return (*part.steps, *_transpose(part.shape, perm))
 
 
@@ -177,7 +176,7 @@ def _factors(
 
 def cut(
     part: Part, starts: Sequence[int], stops: Sequence[int], strides: Sequence[int] | None
-) -> Part | None | tuple[()]:
+) -> Part | tuple[()] | None:
     """v[starts:stops:strides]; () where nothing of the part is left."""
     strides = strides or (1,) * len(starts)
     first, last, by = [0] * len(part.shape), list(part.shape), [1] * len(part.shape)

@@ -91,7 +91,7 @@ class Plan:
             out = eqn.outvars[0]
             if eqn.primitive.name == "add":
                 for v in eqn.invars:
-                    same = not isinstance(v, Literal) and v.aval.shape == out.aval.shape
+                    same = not isinstance(v, Literal) and _shape(v) == _shape(out)
                     if same and v in made and readers[v] == 1:
                         own.after[0] += made[v]
                         made[v].clear()
@@ -118,7 +118,7 @@ IDENTITIES = {
 }  # fmt: skip
 
 
-class Unfollowed(Exception):
+class UnfollowedError(Exception):
     """An operation that has no rule, and why."""
 
 
@@ -135,7 +135,7 @@ def _carries_delta(v: Any) -> bool:
 
 
 def _inner(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]]:
-    found = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    found: Any = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     return (found.jaxpr, found.consts) if isinstance(found, ClosedJaxpr) else (found, ())
 
 
@@ -218,8 +218,8 @@ class Planner:
                     return Action(), [own]
             if name in _USES:
                 return self._after(eqn, _USES[name](eqn, known))
-            raise Unfollowed(_ENTERED_NOT.get(name, f"no rule for {name}"))
-        except Unfollowed as reason:
+            raise UnfollowedError(_ENTERED_NOT.get(name, f"no rule for {name}"))
+        except UnfollowedError as reason:
             action = Action()
             for k, v in enumerate(eqn.invars):
                 own = known[k].parts
@@ -306,9 +306,8 @@ class Planner:
             use.scans.insert(0, inner)
         action = Action(inner=inner)
         for k, why in closed.items():
-            v, own = eqn.invars[k], known[k].parts
-            found = [uses.full(part, "scan", why) for part in own]
-            action.before[k] = [self.add(use, v) for use in found]
+            found = [uses.full(part, "scan", why) for part in known[k].parts]
+            action.before[k] = [self.add(use, eqn.invars[k]) for use in found]
         data = [k.data for k in out]
         return action, [Known(a or (), b, True) for a, b in zip(left, data, strict=True)]
 
@@ -320,9 +319,7 @@ class _Scan:
         self.eqn, self.jaxpr, self.length = eqn, jaxpr, eqn.params["length"]
         self.consts = eqn.params["num_consts"]
         self.carries = range(self.consts, self.consts + eqn.params["num_carry"])
-        self.same = {
-            k for k in self.carries if jaxpr.outvars[k - self.consts] is jaxpr.invars[k]
-        }
+        self.same = {k for k in self.carries if jaxpr.outvars[k - self.consts] is jaxpr.invars[k]}
 
     def enter(self, known: list[Known]) -> tuple[dict[int, Parts], dict[int, str]]:
         """The parts inside by operand, and the operands that cannot be followed, and why."""
@@ -369,10 +366,10 @@ def _each(move: Callable[[JaxprEqn, Part], Any]) -> Rule:
 
     def rule(eqn: JaxprEqn, known: list[Known]) -> list[Parts]:
         if any(k.parts for k in known[1:]):
-            raise Unfollowed(f"no rule for the operands of {eqn.primitive.name}")
+            raise UnfollowedError(f"no rule for the operands of {eqn.primitive.name}")
         found = [move(eqn, part) for part in known[0].parts]
         if any(part is None for part in found):
-            raise Unfollowed(f"no rule for this {eqn.primitive.name}")
+            raise UnfollowedError(f"no rule for this {eqn.primitive.name}")
         return [tuple(part for part in found if part != ())]
 
     return rule
@@ -402,7 +399,7 @@ def _split(eqn: JaxprEqn, known: list[Known]) -> list[Parts]:
         starts[axis], stops[axis] = start, start + size
         found = [parts.cut(part, starts, stops, None) for part in known[0].parts]
         if any(part is None for part in found):
-            raise Unfollowed("no rule for this split")
+            raise UnfollowedError("no rule for this split")
         results.append(tuple(part for part in found if isinstance(part, Part)))
         start += size
     return results
@@ -413,8 +410,9 @@ def _identity(eqn: JaxprEqn, known: list[Known]) -> list[Parts]:
 
 
 def _convert(eqn: JaxprEqn, known: list[Known]) -> list[Parts]:
-    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
-        raise Unfollowed(f"it is made {eqn.outvars[0].aval.dtype}")
+    dtype = _like(eqn.outvars[0]).dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise UnfollowedError(f"it is made {dtype}")
     return [known[0].parts]
 
 
@@ -498,7 +496,7 @@ def _concatenate(eqn: JaxprEqn, known: list[Known]) -> Parts:
 def _pad(eqn: JaxprEqn, known: list[Known]) -> Parts:
     config = eqn.params["padding_config"]
     if known[1].parts or any(low < 0 or high < 0 or inner for low, high, inner in config):
-        raise Unfollowed("no rule for this pad")
+        raise UnfollowedError("no rule for this pad")
     found, shape = list(known[0].parts), list(_shape(eqn.invars[0]))
     for axis, (low, high, _) in enumerate(config):
         total = low + shape[axis] + high
@@ -520,7 +518,7 @@ _LINEAR: dict[str, Callable[[JaxprEqn, list[Known]], Parts]] = {
 def _mul(eqn: JaxprEqn, known: list[Known]) -> list[Use]:
     shape = _shape(eqn.outvars[0])
     if eqn.primitive.name == "div" and known[1].parts:
-        raise Unfollowed("it is divided by")
+        raise UnfollowedError("it is divided by")
     return [
         uses.scale(part, shape, eqn.primitive.name, 1 - k)
         for k in (0, 1)
@@ -530,7 +528,7 @@ def _mul(eqn: JaxprEqn, known: list[Known]) -> list[Use]:
 
 def _checked(found: Use | str) -> Use:
     if isinstance(found, str):
-        raise Unfollowed(found)
+        raise UnfollowedError(found)
     return found
 
 
@@ -546,7 +544,7 @@ def _dot(eqn: JaxprEqn, known: list[Known]) -> list[Use]:
 
 def _convolution(eqn: JaxprEqn, known: list[Known]) -> list[Use]:
     if known[0].parts:
-        raise Unfollowed("a kernel is laid over it")
+        raise UnfollowedError("a kernel is laid over it")
     shape = _shape(eqn.invars[1])
     return [_checked(uses.convolution(part, shape, eqn.params)) for part in known[1].parts]
 

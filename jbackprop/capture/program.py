@@ -45,7 +45,9 @@ class Program:
         return [use for use in self.plan.uses if use.part.leaf == leaf]
 
 
-def traced(cost: Callable[..., Any], has_aux: bool, params: PyTree, batch: Sequence[Any]) -> Program:
+def traced(
+    cost: Callable[..., Any], has_aux: bool, params: PyTree, batch: Sequence[Any]
+) -> Program:
     """Trace the cost of one example, and plan it.
 
     Raises:
@@ -101,6 +103,8 @@ def _like(v: Array) -> jax.ShapeDtypeStruct:
 
 
 def _parameter(path: str, leaf: Any) -> Array:
+    if isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf  # type: ignore[return-value]
     if not hasattr(leaf, "dtype") and not isinstance(leaf, float):
         raise TypeError(
             f"{path} is {leaf!r}: parameters must be arrays of floating-point numbers. Keep "
@@ -120,11 +124,12 @@ def _parameter(path: str, leaf: Any) -> Array:
 def _examples(batch: Sequence[Any]) -> tuple[list[Array], Any, int]:
     named, tree = jax.tree_util.tree_flatten_with_path(tuple(batch))
     sizes: dict[str, int] = {}
-    arrays = []
+    arrays: list[Any] = []
     for path, leaf in named:
         name = "batch" + jax.tree_util.keystr(path)
         array = leaf if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else jnp.asarray(leaf)
-        array = array if isinstance(array, jax.Array) else jnp.asarray(array)
+        if not isinstance(array, jax.Array | jax.ShapeDtypeStruct):
+            array = jnp.asarray(array)
         if not array.ndim:
             raise ValueError(
                 f"{name} has no axis of examples: what is the same for all of them belongs into "

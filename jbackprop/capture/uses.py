@@ -127,7 +127,7 @@ def full(part: Part, operation: str, why: str) -> Use:
     """Its gradient, written out for the example."""
     every = range(len(part.axes))
     gone, left = _repeated(part, every, every), _real(part, every, every)
-    runs = tuple((k,) for k in left[:-1]) + ((*left[-1:], *gone),)
+    runs = (*((k,) for k in left[:-1]), (*left[-1:], *gone))
     delta = Form(runs, _boxes(part, every, every), gone)
     return Use("Full", part, operation, delta, steps=arranged(part, part.order), why=why)
 

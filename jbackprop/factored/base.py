@@ -63,8 +63,8 @@ class Place:
         shape: the shape of one copy of the parameter.
         dtype: the parameter's dtype.
         path: the parameter's name in the network, such as ``layers[2].w``; empty while unknown.
-        steps: transposes, reshapes, slices and flips that lead from one copy of the parameter to the
-            array (G, feature...) whose gradient the kind holds. None at all: a reshape.
+        steps: transposes, reshapes, slices and flips that lead from one copy of the parameter to
+            the array (G, feature...) whose gradient the kind holds. None at all: a reshape.
         stack: the leading axes along which copies of the parameter are stacked.
     """
 

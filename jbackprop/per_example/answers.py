@@ -14,6 +14,7 @@ from jax import Array
 from jbackprop.factored import Method, PyTree, is_factored, wide_dtype
 from jbackprop.gradient import Backprop
 from jbackprop.per_example.source import (
+    Collecting,
     Deferred,
     Kept,
     Pairs,
@@ -101,7 +102,7 @@ def norms(
     neural networks with differential privacy (2022), for the choice.
 
     Args:
-        bp: from `backprop` or `deferred`, or a tree of factored gradients.
+        bp: from `backprop`, `capture` or `deferred`.
         per_layer: the norms of each layer's part of the gradient rather than of all.
         weights: (B,); the norms are then |w_n g_n|, those of the costs w_n C_n. A weight of 0: not
             there, with a norm of 0, even if the example holds NaN. By default ones.
@@ -142,7 +143,7 @@ def gradients(bp: Pairs, *, microbatch: int | None = None) -> PyTree:
     weighted sums and moments are to be had without.
 
     Args:
-        bp: from `backprop` or `deferred`, or a tree of factored gradients.
+        bp: from `backprop`, `capture` or `deferred`.
         microbatch: so many examples at a time; bounds what is needed beside the result.
 
     Returns:
@@ -169,7 +170,7 @@ def gradient_chunks(bp: Pairs, size: int) -> Iterator[PyTree]:
     """The same, `size` examples at a time, in order: for what has to see every gradient.
 
     Args:
-        bp: from `backprop` or `deferred`, or a tree of factored gradients.
+        bp: from `backprop`, `capture` or `deferred`.
         size: of a chunk; the last may be shorter.
 
     Returns:
@@ -199,6 +200,8 @@ def _sliced(bp: Pairs, start: int, size: int) -> Pairs:
         key = None if bp.key is None else jax.random.fold_in(bp.key, start)
         x, y = jax.tree.map(some, (bp.x, bp.y))
         return Deferred(bp.params, x, y, key, bp.net, bp.loss)
+    if isinstance(bp, Collecting):
+        return bp.replaced(jax.tree.map(some, bp.batch))
     return jax.tree.map(some, bp.factored if isinstance(bp, Backprop) else bp)
 
 
@@ -213,7 +216,7 @@ def gram(bp: Pairs, *, method: Method = "auto", microbatch: int | None = None) -
     Source: Jacot, Gabriel and Hongler, Neural tangent kernel (2018), section 4.
 
     Args:
-        bp: from `backprop` or `deferred`, or a tree of factored gradients.
+        bp: from `backprop`, `capture` or `deferred`.
         method: "gram" or "materialise" force the one or the other.
         microbatch: so many rows at a time; only for pairs that were kept.
 
@@ -225,7 +228,7 @@ def gram(bp: Pairs, *, method: Method = "auto", microbatch: int | None = None) -
             not meet.
     """
     n, _ = check_question(bp, None, microbatch, method)
-    if isinstance(bp, Deferred):
+    if isinstance(bp, Deferred | Collecting):
         if microbatch is not None and microbatch < n:
             raise ValueError(
                 "gram compares every example with every other, so that a Deferred cannot be taken "
@@ -253,7 +256,7 @@ def gram_between(
         ValueError: a layer couples the examples; another network's pairs.
         TypeError: a `Deferred`, whose pairs are not kept: they have to meet.
     """
-    if isinstance(bp, Deferred) or isinstance(other, Deferred):
+    if isinstance(bp, Deferred | Collecting) or isinstance(other, Deferred | Collecting):
         raise TypeError("gram_between needs the pairs of both: give it what backprop keeps")
     n, _ = check_question(bp, None, microbatch, method)
     check_pairs(other, "the gradient of one of them")
@@ -288,7 +291,7 @@ def _gram(bp: Pairs, other: Pairs | None, method: Method, size: int | None, n: i
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _gram_deferred(bp: Deferred, method: Method, n: int) -> Array:
+def _gram_deferred(bp: Deferred | Collecting, method: Method, n: int) -> Array:
     found = opened(bp).ask(lambda pair: pair.gram(pair, method).reshape(-1))
     return summed(found, n * n).reshape(n, n)
 
@@ -311,7 +314,7 @@ def project(
     forward sweep for each direction, and no gradient is written out.
 
     Args:
-        bp: from `backprop` or `deferred`, or a tree of factored gradients.
+        bp: from `backprop`, `capture` or `deferred`.
         vectors: a tree like params, for one direction; or each leaf (V, *shape), for V of them.
         weights: (B,), for <w_n g_n, v>; a weight of 0: not there. By default ones.
         microbatch: so many examples at a time; bounds the memory, and changes nothing else.

@@ -75,7 +75,7 @@ def weighted_gradient(bp: Pairs, weights: Array, *, microbatch: int | None = Non
     Differentially private optimization on large model at small cost (2023), section 2.3).
 
     Args:
-        bp: from `backprop` or `deferred`, or a tree of factored gradients.
+        bp: from `backprop`, `capture` or `deferred`.
         weights: (B,), of any sign; they need not sum to anything. An example of weight 0 is not
             there, even if it holds NaN.
         microbatch: so many examples at a time; bounds the memory, and changes nothing else.
@@ -134,7 +134,7 @@ def clipped_gradient(
     (2018), section 2.1, for layers of equal bounds.
 
     Args:
-        bp: from `backprop` or `deferred`, or a tree of factored gradients.
+        bp: from `backprop`, `capture` or `deferred`.
         max_norm: C, positive; in "per_layer" also a mapping from the paths that
             `norms(per_layer=True)` has to each layer's bound.
         scheme: "flat", "per_layer", "automatic", or a function from one norm to one factor.

@@ -46,7 +46,7 @@ def mean(bp: Pairs, *, weights: Array | None = None, microbatch: int | None = No
     parameters' dtypes.
 
     Args:
-        bp: from `backprop` or `deferred`, or a tree of factored gradients.
+        bp: from `backprop`, `capture` or `deferred`.
         weights: (B,), not negative, such as a mask; they need not sum to 1. An example of weight 0
             is not there, even if it holds NaN. By default ones.
         microbatch: so many examples at a time; bounds the memory, and changes nothing else.

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +80,30 @@ def deferred(
     return Deferred(params, x, y, key, net, loss)
 
 
-Pairs = Backprop | Deferred | PyTree
-"""What can be asked: from `backprop`, from `deferred`, or a tree of factored gradients."""
+@runtime_checkable
+class Collecting(Protocol):
+    """A mini-batch of any program, which can be asked for its pairs again and again.
+
+    That is what `jbackprop.capture.deferred` gives.
+    """
+
+    params: PyTree
+    batch: Any
+    size: int
+
+    def collect(self, f: Callable[..., Array], aux: PyTree = None) -> PyTree:
+        """f(pair, its part of aux) of each copy of every parameter, stacked in front."""
+
+    def homes(self) -> tuple[PyTree, PyTree]:
+        """Trees like params: the `Place` of each pair, and whether there is a pair at all."""
+
+    def replaced(self, batch: Any) -> Any:
+        """The same with other examples."""
+
+
+Pairs = Backprop | Deferred | Collecting | PyTree
+"""What can be asked: from `backprop`, `capture` or `deferred` ones, or a tree of factored
+gradients."""
 
 
 class Source(abc.ABC):
@@ -112,13 +134,29 @@ class Source(abc.ABC):
 
     def copy_axes(self) -> PyTree:
         """A tree like params: how many axes of copies a parameter has in front."""
-        assert self.net is not None
+        if self.net is None:
+            return jax.tree.map(lambda home: len(home.stack), self.homes())
         axes = stack_axes(self.net)
         return jax.tree.map(lambda path: axes.get(path, 0), self.layers())
 
+    def homes(self) -> PyTree:
+        """A tree like params: the `Place` of each pair, where no network is known."""
+        raise NotImplementedError
+
     def layers(self) -> PyTree:
         """A tree like params: the path of the layer that each parameter belongs to."""
-        assert self.net is not None
+        if self.net is None:
+            leaves, tree = jax.tree_util.tree_flatten_with_path(self.homes())
+            names = [jax.tree_util.keystr(path[:-1]) or "net" for path, _ in leaves]
+            stacks: dict[str, set[Any]] = {}
+            for name, (_, home) in zip(names, leaves, strict=True):
+                stacks.setdefault(name, set()).add(home.stack)
+            # Parameters side by side of which some are stacked and some are not: no one layer.
+            own = [jax.tree_util.keystr(path) for path, _ in leaves]
+            pairs = zip(names, own, strict=True)
+            return jax.tree.unflatten(
+                tree, [name if len(stacks[name]) == 1 else path for name, path in pairs]
+            )
 
         def name(path: str, layer: Node, part: PyTree) -> tuple[Node, PyTree]:
             return layer, jax.tree.map(lambda _: path, part)
@@ -144,8 +182,15 @@ class Source(abc.ABC):
         return self._by_copy(own)
 
     def _by_copy(self, found: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
-        assert self.net is not None
-        return by_copy(self.net, found)
+        if self.net is not None:
+            return by_copy(self.net, found)
+        layers, homes = jax.tree.leaves(self.layers()), jax.tree.leaves(self.homes())
+        stacks = {path: home.stack for path, home in zip(layers, homes, strict=True)}
+        return OrderedDict(
+            (path + "".join(f"[{i}]" for i in index), v[index] if index else v)
+            for path, v in found.items()
+            for index in np.ndindex(*stacks[path])
+        )
 
     def spread(self, by_path: Mapping[str, Array]) -> PyTree:
         """A tree like params of what each layer has."""
@@ -173,27 +218,10 @@ class Kept(Source):
         )
 
     def copy_axes(self) -> PyTree:
-        return jax.tree.map(lambda pair: len(pair.home.stack), self.pairs, is_leaf=is_factored)
+        return jax.tree.map(lambda home: len(home.stack), self.homes())
 
-    def _by_copy(self, found: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
-        if self.net is not None:
-            return super()._by_copy(found)
-        pairs = jax.tree.leaves(self.pairs, is_leaf=is_factored)
-        layers = jax.tree.leaves(self.layers())
-        stacks = {path: pair.home.stack for path, pair in zip(layers, pairs, strict=True)}
-        return OrderedDict(
-            (path + "".join(f"[{i}]" for i in index), v[index] if index else v)
-            for path, v in found.items()
-            for index in np.ndindex(*stacks[path])
-        )
-
-    def layers(self) -> PyTree:
-        if self.net is not None:
-            return super().layers()
-        leaves, tree = jax.tree_util.tree_flatten_with_path(self.pairs, is_leaf=is_factored)
-        return jax.tree.unflatten(
-            tree, [jax.tree_util.keystr(path[:-1]) or "net" for path, _ in leaves]
-        )
+    def homes(self) -> PyTree:
+        return jax.tree.map(lambda pair: pair.home, self.pairs, is_leaf=is_factored)
 
 
 class Swept(Source):
@@ -216,6 +244,24 @@ class Swept(Source):
 
     def learns(self) -> PyTree:
         return trainable_mask(self.batch.net, self.batch.params)
+
+
+class Asked(Source):
+    """Pairs of any program that are contracted as they are born, whenever something is asked."""
+
+    net, ahead = None, None
+
+    def __init__(self, batch: Collecting):
+        self.batch, self.n = batch, batch.size
+
+    def ask(self, f: Callable[..., Array], aux: PyTree = None, by_copy: bool = False) -> PyTree:
+        return self.batch.collect(f, aux)
+
+    def learns(self) -> PyTree:
+        return self.batch.homes()[1]
+
+    def homes(self) -> PyTree:
+        return self.batch.homes()[0]
 
 
 class WrittenOut(Kept):
@@ -244,13 +290,15 @@ def opened(bp: Pairs) -> Source:
     if isinstance(bp, Deferred):
         ahead = sweep_forward(bp.net, bp.loss, bp.params, bp.x, bp.y, bp.key)
         return Swept(bp, ahead, batch_size(bp.x))
+    if isinstance(bp, Collecting):
+        return Asked(bp)
     pairs = jax.tree.leaves(bp, is_leaf=is_factored)
     return Kept(bp, pairs[0].size, None)
 
 
 def like_params(bp: Pairs) -> PyTree:
     """A tree like params of shapes and dtypes."""
-    if isinstance(bp, Deferred):
+    if isinstance(bp, Deferred | Collecting):
         return jax.eval_shape(lambda params: params, bp.params)
 
     def parameter(pair: Factored) -> jax.ShapeDtypeStruct:
@@ -266,11 +314,13 @@ def check_pairs(bp: Pairs, what: str) -> int:
     if isinstance(bp, Backprop | Deferred):
         refuse_coupling(bp.net, what)
         return bp.losses.shape[0] if isinstance(bp, Backprop) else batch_size(bp.x)
+    if isinstance(bp, Collecting):
+        return bp.size
     pairs = jax.tree.leaves(bp, is_leaf=is_factored)
     if not pairs or not all(map(is_factored, pairs)):
         raise TypeError(
-            f"what jbackprop.backprop or per_example.deferred gives is needed, or a tree of "
-            f"factored gradients, not {type(bp).__name__}"
+            f"what jbackprop.backprop, capture or per_example.deferred gives is needed, or a tree "
+            f"of factored gradients, not {type(bp).__name__}; capture gives (costs, factored)"
         )
     return int(pairs[0].size)
 
@@ -307,6 +357,8 @@ def in_parts(
             pairs, *ahead = moving
             seen = dataclasses.replace(bp, losses=ahead[0], outputs=ahead[1])
             return question(Kept(pairs, at.shape[0], bp.net, seen), own)
+        if isinstance(bp, Collecting):
+            return question(opened(bp.replaced(moving)), own)
         return question(Kept(moving, at.shape[0], None), own)
 
     moving = bp
@@ -314,6 +366,8 @@ def in_parts(
         moving = (bp.factored, bp.losses, bp.outputs)
     elif isinstance(bp, Deferred):
         moving = (bp.x, bp.y)
+    elif isinstance(bp, Collecting):
+        moving = bp.batch
     return scan_examples(some, (moving, parts, jnp.arange(n)), n, microbatch, join)
 
 

@@ -1,0 +1,80 @@
+"""One forward sweep and one sweep back of a planned program, over a mini-batch."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jbackprop.capture.contraction import (
+    Collect,
+    birthplace,
+    contraction,
+    halves,
+    sharing,
+    zeros_of,
+)
+from jbackprop.capture.pairs import pair_of
+from jbackprop.capture.program import Program
+from jbackprop.capture.run import Run, Sinks, evaluate
+from jbackprop.factored import Factored, PyTree
+
+
+def run(program: Program, collect: Collect | None = None, aux: PyTree = None) -> tuple[Any, ...]:
+    """Costs (B,), what comes with them, and the pairs or what was collected of them, by leaf.
+
+    Args:
+        program: traced and planned.
+        collect: (pair, its part of aux) -> arrays, of one copy of scanned parameters at a time.
+        aux: a tree like params, for each copy of scanned parameters in front of one another.
+    """
+    n, leaves, every = program.n, program.params, range(len(program.params))
+    besides = {} if aux is None else dict(enumerate(program.tree.flatten_up_to(aux)))
+    own = [(besides[k],) if k in besides else () for k in every]
+    born = {}
+    if collect is not None:
+        for k in every:
+            found = program.of(k)
+            scans = birthplace(found)
+            if scans:
+                at = (leaves[k], program.paths[k], n)
+                born[k] = contraction(k, found, scans, *at, collect, own[k])
+    kept = [use for use in program.plan.uses if use.part.leaf not in born]
+    shared = sharing(kept)
+
+    def example(moving: list[Array], tag: Array) -> Any:
+        def forward(kept: Any, collected: Any) -> Any:
+            sinks = Sinks(kept, collected, {k: own[k] for k in born})
+            values = [*leaves, *moving]
+            results, seen = evaluate(program.plan, values, sinks, Run(born, tag))
+            return results[0], (results[1:], seen)
+
+        zeros = zeros_of(kept, shared)
+        value, back, (more, seen) = jax.vjp(
+            forward, zeros, {k: c.zeros() for k, c in born.items()}, has_aux=True
+        )
+        made, collected = back(jnp.ones((), value.dtype))
+        return value, more, made, seen, collected
+
+    costs, more, made, seen, collected = jax.vmap(example, out_axes=(0, 0, 0, 0, None))(
+        program.batch, jnp.zeros(n)
+    )
+    results = []
+    for k in every:
+        if k in born:
+            results.append(collected[k])
+            continue
+        found = program.of(k)
+        pair = pair_of(found, halves(found, shared, made, seen), leaves[k], program.paths[k], n)
+        results.append(pair if collect is None else by_copy(collect, pair, *own[k]))
+    return costs, jax.tree.unflatten(program.aux, more), results
+
+
+def by_copy(collect: Collect, pair: Factored, *own: Any) -> Any:
+    """What is collected of every copy of scanned parameters, in front of one another."""
+    if pair.home.stack:
+        return jax.vmap(functools.partial(by_copy, collect))(pair.copies(), *own)
+    return collect(pair, *own)
