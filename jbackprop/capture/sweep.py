@@ -68,7 +68,11 @@ def run(program: Program, collect: Collect | None = None, aux: PyTree = None) ->
             results.append(collected[k])
             continue
         found = program.of(k)
-        pair = pair_of(found, halves(found, shared, made, seen), leaves[k], program.paths[k], n)
+        own_halves = halves(found, shared, made, seen)
+        pair = pair_of(found, own_halves, leaves[k], program.paths[k], n)
+        if any(use.scans for use in found):
+            # What a scan stacks is moved once, not by each of those who read it.
+            pair = jax.lax.optimization_barrier(pair)
         results.append(pair if collect is None else by_copy(collect, pair, *own[k]))
     return costs, jax.tree.unflatten(program.aux, more), results
 

@@ -66,7 +66,8 @@ class _Summed(Factored):
     def _sum(self) -> Array:
         _ = self.home  # raises for what was kept under an outer vmap
         s = self._summands()
-        return jnp.sum(s, axis=2, dtype=wide_dtype(s.dtype))
+        n, g, t, o = s.shape  # as three axes: on CPUs XLA sums along one of four 17 times slower
+        return jnp.sum(s.reshape(n * g, t, o), axis=1, dtype=wide_dtype(s.dtype)).reshape(n, g, o)
 
 
 @kind("delta")

@@ -147,15 +147,15 @@ class Source(abc.ABC):
         """A tree like params: the path of the layer that each parameter belongs to."""
         if self.net is None:
             leaves, tree = jax.tree_util.tree_flatten_with_path(self.homes())
-            names = [jax.tree_util.keystr(path[:-1]) or "net" for path, _ in leaves]
+            parents = [jax.tree_util.keystr(path[:-1]) or "net" for path, _ in leaves]
             stacks: dict[str, set[Any]] = {}
-            for name, (_, home) in zip(names, leaves, strict=True):
-                stacks.setdefault(name, set()).add(home.stack)
+            for parent, (_, home) in zip(parents, leaves, strict=True):
+                stacks.setdefault(parent, set()).add(home.stack)
             # Parameters side by side of which some are stacked and some are not: no one layer.
             own = [jax.tree_util.keystr(path) for path, _ in leaves]
-            pairs = zip(names, own, strict=True)
+            both = zip(parents, own, strict=True)
             return jax.tree.unflatten(
-                tree, [name if len(stacks[name]) == 1 else path for name, path in pairs]
+                tree, [parent if len(stacks[parent]) == 1 else path for parent, path in both]
             )
 
         def name(path: str, layer: Node, part: PyTree) -> tuple[Node, PyTree]:
