@@ -281,6 +281,9 @@ class Planner:
             ]
             inner, out = self.plan(jaxpr, consts, inside, depth + 1)
             now = [a or b.data for a, b in zip(carried, out, strict=False)]
+            if now != carried:
+                carried = now
+                continue
             # What is written out must not be so in every turn; what leaves must be known outside.
             refused = {
                 use.part.leaf: use.why
@@ -297,9 +300,8 @@ class Planner:
                 for k, own in entering.items()
                 if k not in closed and any(part.leaf == leaf for part in own)
             }
-            if now == carried and not newly:
+            if not newly:
                 break
-            carried = now
             closed |= newly
         self.scans -= 1
         for use in inner.uses:
@@ -493,6 +495,17 @@ def _concatenate(eqn: JaxprEqn, known: list[Known]) -> Parts:
     return tuple(found)
 
 
+def _stack(eqn: JaxprEqn, known: list[Known]) -> Parts:
+    axis, total, found = eqn.params["axis"], len(eqn.invars), []
+    for k, v in enumerate(eqn.invars):
+        old = _shape(v)
+        new = (*old[:axis], 1, *old[axis:])
+        into = [j + (j >= axis) for j in range(len(old))]
+        wider = [parts.broadcast(part, old, new, into) for part in known[k].parts]
+        found += [parts.put(part, new, axis, k, total) for part in wider]
+    return tuple(found)
+
+
 def _pad(eqn: JaxprEqn, known: list[Known]) -> Parts:
     config = eqn.params["padding_config"]
     if known[1].parts or any(low < 0 or high < 0 or inner for low, high, inner in config):
@@ -512,11 +525,14 @@ _LINEAR: dict[str, Callable[[JaxprEqn, list[Known]], Parts]] = {
     "sub": _sub,
     "concatenate": _concatenate,
     "pad": _pad,
+    "stack": _stack,
 }
 
 
 def _mul(eqn: JaxprEqn, known: list[Known]) -> list[Use]:
     shape = _shape(eqn.outvars[0])
+    if not any(k.data for k in known):  # a mask, weight normalisation: as large as a gradient
+        raise UnfollowedError("it is multiplied with what is no data")
     if eqn.primitive.name == "div" and known[1].parts:
         raise UnfollowedError("it is divided by")
     return [

@@ -120,7 +120,7 @@ def _act(
 ) -> list[Any]:
     for use in action.looks:
         assert use.look is not None
-        (run.looked if use.again else seen)[use.index] = lax.stop_gradient(use.look(values))
+        (run.looked if use.again else seen)[use.index] = use.look(values)
     for k, found in action.before.items():
         values[k] = _tap(values[k], found, sinks, run)
     if action.inner is None:
@@ -288,5 +288,5 @@ _tapped.defvjp(_tapped_there, _tapped_back)
 def _factor(by: Any, frames: Frames) -> Any:
     if not isinstance(by, Factor):
         return by
-    value = lax.stop_gradient(frames[by.depth][by.key].reshape(()))
+    value = frames[by.depth][by.key].reshape(())
     return 1 / value if by.inverse else value

@@ -1,0 +1,351 @@
+"""Pairs from other people's models (`jb.capture`), in units of one plain gradient of the same.
+
+python benchmarks/capture.py [--seconds S] [--only NAME] [--gib G] [--out FILE.json]
+
+The models are written for Equinox and Flax, as their users write them, and a problem is the cost
+of one example. The unit of time is `jit(jax.value_and_grad)` of the mean of its `jax.vmap`, taken
+in turns with each contestant; that of memory is what the compiler states for it. All answers are
+about the costs of single examples, divided by nothing. Under "tracing" the time is that of
+`jax.jit(...).trace` alone, in units of that of the plain gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from contest import Contestant, built, machine, save
+from jax import Array, lax
+from per_example import REFUSALS, Problem, compete
+from plain.per_example import MAX_NORM, by_jax_privacy, in_parts, whole
+from tqdm import tqdm
+
+import jbackprop as jb
+from jbackprop.table import render
+
+QUANTITIES = ("norms", "clipped")
+CLASSES, VOCABULARY, HEADS = 10, 64, 4
+MICROBATCH, SMALLER = 16, 4  # the smaller one where the whole mini-batch has no more
+NORMS_GOAL = {"mlp": 0.8, "cnn": 1.1, "transformer": 0.8, "rnn": 0.8}
+CLIPPED_GOAL, MEMORY_GOAL, TRACE_GOAL = 1.25, 1.5, 2.0
+REPEATS = 5  # of tracing
+
+Function = Callable[..., Any]
+Model = tuple[Function, Any, tuple[Array, Array]]  # cost of one example, params, mini-batch
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+
+
+def _same(tree: Any) -> Any:
+    return tree
+
+
+def labelled(batch: int, *shape: int) -> tuple[Array, Array]:
+    """Inputs and classes."""
+    key, key_y = jax.random.split(jax.random.key(1))
+    x = jax.random.normal(key, (batch, *shape))
+    return x, jax.random.randint(key_y, (batch,), 0, CLASSES)
+
+
+def mlp(batch: int = 256) -> Model:
+    """784-1024-1024-1024-10, relu; Equinox."""
+    import equinox as eqx
+
+    net = eqx.nn.MLP(784, CLASSES, 1024, 3, jax.nn.relu, key=jax.random.key(0))
+    params, static = eqx.partition(net, eqx.is_inexact_array)
+
+    def cost(params: Any, x: Array, y: Array) -> Array:
+        return cross_entropy(eqx.combine(params, static)(x), y)
+
+    return cost, params, labelled(batch, 784)
+
+
+def cnn(batch: int = 128) -> Model:
+    """Images 28x28x1, three convolutions with GroupNorm, the mean over places; Flax nnx."""
+    from flax import nnx
+
+    class Cnn(nnx.Module):
+        def __init__(self, rngs: Any) -> None:
+            sizes = ((1, 32, 1), (32, 64, 2), (64, 64, 2))
+            self.convs = nnx.List([nnx.Conv(i, o, (3, 3), s, rngs=rngs) for i, o, s in sizes])
+            self.norms = nnx.List([nnx.GroupNorm(o, 8, rngs=rngs) for _, o, _ in sizes])
+            self.head = nnx.Linear(64, CLASSES, rngs=rngs)
+
+        def __call__(self, x: Array) -> Array:
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = nnx.relu(norm(conv(x)))
+            return self.head(x.mean((1, 2)))
+
+    graph, params = nnx.split(Cnn(nnx.Rngs(0)), nnx.Param)
+
+    def cost(params: Any, x: Array, y: Array) -> Array:
+        return cross_entropy(nnx.merge(graph, params)(x[None])[0], y)
+
+    return cost, params, labelled(batch, 28, 28, 1)
+
+
+def transformer(width: int, depth: int, length: int, batch: int, scanned: bool = False) -> Model:
+    """Blocks one by one, or scanned and rematerialised; the head is the embedding; Flax linen."""
+    import flax.linen as nn
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array, mask: Array) -> tuple[Array, None]:
+            attend = nn.MultiHeadDotProductAttention(HEADS)
+            x = x + attend(nn.LayerNorm()(x), mask=mask)
+            hidden = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
+            return x + nn.Dense(width)(hidden), None
+
+    class Transformer(nn.Module):
+        @nn.compact
+        def __call__(self, ids: Array) -> Array:
+            embed, mask = nn.Embed(VOCABULARY, width), nn.make_causal_mask(ids)
+            x = embed(ids) + nn.Embed(length, width)(jnp.arange(length))
+            if scanned:
+                stack = nn.scan(
+                    nn.remat(Block, prevent_cse=False),
+                    variable_axes={"params": 0}, split_rngs={"params": True},
+                    in_axes=nn.broadcast, length=depth,
+                )  # fmt: skip
+                x, _ = stack()(x, mask)
+            else:
+                for _ in range(depth):
+                    x, _ = Block()(x, mask)
+            return embed.attend(nn.LayerNorm()(x))
+
+    net = Transformer()
+    ids = jax.random.randint(jax.random.key(1), (batch, length + 1), 0, VOCABULARY)
+    params = net.init(jax.random.key(0), ids[0, 1:])
+
+    def cost(params: Any, ids: Array, targets: Array) -> Array:
+        return cross_entropy(net.apply(params, ids), targets).mean()
+
+    return cost, params, (ids[:, :-1], ids[:, 1:])
+
+
+def rnn(batch: int = 64) -> Model:
+    """A GRU 64 -> 256 over 32 steps, and a linear head on its last state; Equinox."""
+    import equinox as eqx
+
+    keys = jax.random.split(jax.random.key(0))
+    net = eqx.nn.GRUCell(64, 256, key=keys[0]), eqx.nn.Linear(256, CLASSES, key=keys[1])
+    params, static = eqx.partition(net, eqx.is_inexact_array)
+
+    def cost(params: Any, xs: Array, y: Array) -> Array:
+        cell, head = eqx.combine(params, static)
+        last, _ = lax.scan(lambda h, x: (cell(x, h), None), jnp.zeros(256), xs)
+        return cross_entropy(head(last), y)
+
+    return cost, params, labelled(batch, 32, 64)
+
+
+PROBLEMS: dict[str, Callable[[], Model]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "transformer of width 128": functools.partial(transformer, 128, 6, 64, 16),
+    "transformer of width 256": functools.partial(transformer, 256, 4, 32, 32),
+    "rnn": rnn,
+    "stack": functools.partial(transformer, 128, 12, 64, 16, scanned=True),
+}
+
+
+def mean_gradient(cost: Function) -> Function:
+    """(params, x, y) -> (mean cost, gradient): the unit."""
+
+    def mean(params: Any, x: Array, y: Array) -> Array:
+        return jnp.mean(jax.vmap(cost, (None, 0, 0))(params, x, y))
+
+    return jax.value_and_grad(mean)
+
+
+def collected_norms(cost: Function) -> Function:
+    """The norms, of each pair's square norm instead of the pair."""
+    captured = jb.capture(cost, collect=lambda pair: pair.square_norm())
+
+    def answer(params: Any, x: Array, y: Array) -> Array:
+        squares = jax.tree.leaves(captured(params, x, y)[1])  # scanned: the copies in front
+        return jnp.sqrt(sum(s.reshape(-1, len(x)).sum(0) for s in squares))
+
+    return answer
+
+
+def ours(cost: Function, quantity: str) -> dict[str, Function]:
+    """The pairs kept, or contracted as they are born."""
+    kept, later = jb.capture(cost), jb.capture.deferred(cost)
+    if quantity == "norms":
+        collect = collected_norms(cost)
+        return {"kept": lambda *args: jb.per_example.norms(kept(*args)[1]), "collect": collect}
+
+    def clipped(source: Any) -> Any:
+        return jb.per_example.clipped_gradient(source, MAX_NORM).gradient
+
+    return {
+        "kept": lambda *args: clipped(kept(*args)[1]),
+        "deferred": lambda *args: clipped(later(*args)),
+    }
+
+
+def contestants(cost: Function, name: str, quantity: str, batch: int) -> list[Contestant]:
+    """Everybody; with the first, which takes little memory, the others must agree."""
+    # of a mini-batch of one example, as `plain.per_example` and JAX Privacy call it
+    one = jax.value_and_grad(lambda params, x, y: cost(params, x[0], y[0]))
+    size = MICROBATCH if batch > MICROBATCH else SMALLER
+    few, unroll = f"microbatches of {size}", name == "cnn"  # as in per_example.py
+    return [
+        Contestant(f"vmap(grad), {few}", in_parts(one, quantity, size, unroll), "vmap"),
+        Contestant("vmap(grad), whole", whole(one, quantity), "vmap"),
+        *(Contestant(f"capture, {way}", f, "ours") for way, f in ours(cost, quantity).items()),
+        Contestant("jax_privacy, whole", by_jax_privacy(one, quantity, None), "jax_privacy"),
+        Contestant(f"jax_privacy, {few}", by_jax_privacy(one, quantity, size), "jax_privacy"),
+    ]
+
+
+def goals(problem: str, quantity: str, contestant: str) -> dict[str, float]:
+    """Of ours: of the time where the pairs are few enough to be kept, of the memory elsewhere."""
+    name, _, way = problem.split()[0], *contestant.split()
+    if name == "stack":
+        return {} if way == "kept" else {"memory": MEMORY_GOAL}
+    if quantity == "norms":
+        return {"time": NORMS_GOAL[name]}
+    return {"time": CLIPPED_GOAL} if way == "kept" else {}  # deferred, it is two gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One contestant against the plain gradient; None where it was not measured.
+
+    Attributes:
+        workload, contestant, kind: names.
+        milliseconds: median time of one call; of tracing, the least.
+        time: median of the paired ratios, its time / that of a plain gradient; of tracing, the
+            ratio of the least times.
+        quartiles: of these ratios.
+        memory, total: its temporary and its total memory (with arguments and results) / plain's.
+        compile: seconds to trace, lower and compile it.
+        difference: the worst relative difference from the first one's answer, leaf by leaf as in
+            `contest.difference`; of norms, each for itself.
+        goals: the most that fields of this may be.
+        note: why it was not measured.
+    """
+
+    workload: str
+    contestant: str
+    kind: str
+    milliseconds: float | None = None
+    time: float | None = None
+    quartiles: tuple[float, float] | None = None
+    memory: float | None = None
+    total: float | None = None
+    compile: float | None = None
+    difference: float | None = None
+    goals: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+
+def tracing(cost: Function, data: Sequence[Any]) -> tuple[float, float]:
+    """The least seconds to trace plain's gradient and the pairs, each time from nothing."""
+    times: tuple[list[float], list[float]] = ([], [])
+    makers: tuple[Function, Function] = mean_gradient, jb.capture
+    for _ in range(REPEATS):
+        for side, make in enumerate(makers):
+            jax.clear_caches()
+            f = jax.jit(make(cost))
+            start = time.perf_counter()
+            f.trace(*data)
+            times[side].append(time.perf_counter() - start)
+    return min(times[0]), min(times[1])
+
+
+def measure(name: str, quantity: str, model: Model, options: Any) -> list[Result]:
+    """Let everybody compete."""
+    cost, params, (x, y) = model
+    load = f"{name}, batch {len(x)}, {quantity}"
+    problem = Problem(name, (params, x, y), mean_gradient(cost), cost, _same, _same)
+    unit, *_ = built(problem.plain, problem.data)
+    results, wanted = [], None
+    people = contestants(cost, name, quantity, len(x))
+    for person in tqdm(people, desc=load, leave=False, disable=not sys.stderr.isatty()):
+        found, wanted = compete(problem, person, unit, wanted, options)
+        own = goals(name, quantity, person.name) if person.kind == "ours" else {}
+        results.append(Result(load, person.name, person.kind, goals=own, **found))
+    return results
+
+
+def measure_tracing(name: str, model: Model) -> list[Result]:
+    """The pairs alone against the plain gradient, in the time to trace."""
+    cost, params, batch = model
+    plain, pairs = tracing(cost, (params, *batch))
+    load, goal = f"{name}, batch {len(batch[0])}, tracing", {"time": TRACE_GOAL}
+    return [
+        Result(load, "plain gradient", "plain", 1e3 * plain, 1.0),
+        Result(load, "capture, the pairs", "ours", 1e3 * pairs, pairs / plain, goals=goal),
+    ]
+
+
+def verdict(r: Result) -> str:
+    """Which goals are met, or why there are no figures."""
+    found = [(what, getattr(r, what), most) for what, most in r.goals.items()]
+    met = {True: "met", False: "missed"}
+    said = [f"{what} {most:.2f} {met[own <= most]}" for what, own, most in found if own is not None]
+    return r.note or ", ".join(said)
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results of one workload as text."""
+
+    def number(value: float | None, form: str = ".2f") -> str:
+        return "" if value is None else format(value, form)
+
+    rows = []
+    for r in results:
+        spread = "" if r.quartiles is None else " ({:.2f} to {:.2f})".format(*r.quartiles)
+        rows.append(
+            (
+                r.contestant, number(r.milliseconds, ".1f"), number(r.time) + spread,
+                number(r.memory), number(r.total), number(r.compile, ".1f"),
+                number(r.difference, ".0e"), verdict(r),
+            )
+        )  # fmt: skip
+    columns = (
+        "contestant", ">ms", ">time / plain", ">temp / plain", ">total / plain", ">compile s",
+        ">difference", "goals, or why not",
+    )  # fmt: skip
+    return render(columns, rows, results[0].workload)
+
+
+def main() -> None:
+    """Measure, print a table for each workload, and save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each contestant")
+    parser.add_argument("--only", default="", help="problems and quantities that contain this")
+    parser.add_argument("--gib", type=float, default=20.0, help="nothing may take more memory")
+    out = Path(__file__).parent / "results" / "capture.json"
+    parser.add_argument("--out", default=str(out), help="a .json file for the results")
+    options = parser.parse_args()
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    for name, make in PROBLEMS.items():
+        for quantity in (*QUANTITIES, "tracing"):
+            if options.only not in f"{name}, {quantity}":
+                continue
+            try:
+                model = make()
+                results = (
+                    measure_tracing(name, model) if quantity == "tracing"
+                    else measure(name, quantity, model, options)
+                )  # fmt: skip
+            except REFUSALS as error:
+                results = [Result(f"{name}, {quantity}", "everybody", "", note=str(error)[:48])]
+            print("\n" + table(results), flush=True)
+            save(options.out, results)
+
+
+if __name__ == "__main__":
+    main()
