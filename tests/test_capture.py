@@ -123,7 +123,9 @@ def any_rank():
 @pytest.mark.parametrize("name", MOVES)
 def test_moves_are_followed(name):
     cost, params = meets(*MOVES[name])
-    assert "Full" not in str(jb.capture.explain(cost)(params, DATA))
+    old = jax.__version_info__ < (0, 8) and name in ("strided slice", "repeated")
+    written = "Full" in str(jb.capture.explain(cost)(params, DATA))
+    assert written == old  # there they are a gather of parts of rows, and a reshape
     assert_exact(cost, params, DATA)
 
 
@@ -517,7 +519,7 @@ def test_in_16_bits_and_mixed():
 
 def test_explained():
     def cost(params, x):
-        e = params["table"][jnp.array([0, 1, 1])] * params["scale"][None] + x[None]
+        e = (params["table"][jnp.array([0, 1, 1])] + x[None]) * params["scale"][None]
         h = jnp.tanh(e @ params["a"] + params["b"][None]) + jnp.sum(params["b"] ** 2)
         return jnp.sum(h @ params["a"].T @ x) + jnp.sum(params["table"] @ x)
 

@@ -30,6 +30,9 @@ TESTED = {
     "mnist_cnn",
     "mislabelled_digits",
     "noise_scale",
+    "private_flax",
+    "mislabelled_equinox",
+    "flax_gpt",
 }
 
 
@@ -244,3 +247,33 @@ def test_privacy_costs_accuracy_and_less_of_it_for_a_larger_epsilon(capsys: Any)
     assert accuracies[2.0] > 0.6
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[:2] == ["2.00", "1e-05"] for line in lines)
+
+
+def test_private_flax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The accountant, who is tested elsewhere, is spared."""
+    given = jb.Privacy(8.0, 1e-5, 1.0, 0.125, 80)
+    monkeypatch.setattr(jb.Private, "multiplier", lambda *_: 0.3)
+    monkeypatch.setattr(jb.Private, "report", lambda *_: given)
+    found = example("private_flax").main(epochs=6, examples=500, size=50, epsilons=(8.0,))
+    plain, private = found["accuracies"].values()
+    assert plain > private > 0.5
+    assert found["lines"] == (14, 8)
+
+
+def test_mislabelled_equinox() -> None:
+    found = example("mislabelled_equinox").main(networks=1, examples=600)
+    assert found["wrong"].sum() == 30
+    assert found["precision"]["loss"] > 0.5
+    assert found["precision"]["|g|"] > 0.3
+
+
+def test_flax_gpt(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "gpt.png"
+    found = example("flax_gpt").main(
+        width=16, depth=1, heads=2, length=16, steps=60, every=20, size=8, characters=20_000,
+        output=path,
+    )  # fmt: skip
+    first, *_, last = found["rows"]
+    assert last["loss"] < 3.7 < first["loss"]
+    assert first["noise scale"] < last["noise scale"] < np.inf
+    assert is_png(path)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jbackprop"
 ORDER = [
     ["factored"], ["sweep"], ["structure"], ["layers"], ["compose"], ["losses"], ["gradient"],
-    ["objective", "observe", "table"], ["averages", "per_example"], ["check"], ["diagnose", "metrics", "summary"],
+    ["objective", "observe", "table"], ["averages", "capture", "per_example"], ["check"], ["diagnose", "metrics", "summary"],
     ["train"], ["catalogue", "datasets", "bench"], ["demo"], ["cli"], ["__init__", "__main__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
@@ -50,6 +50,8 @@ def test_quantities_and_the_checker_know_no_concrete_layer():
             assert not {"layers", "compose"} & set(imported(path)), path
     for path in (PACKAGE / "factored").rglob("*.py"):
         assert set(imported(path)) <= {"factored"}, path
+    for path in (PACKAGE / "capture").rglob("*.py"):
+        assert set(imported(path)) <= {"capture", "factored", "table"}, path
     assert set(imported(PACKAGE / "sweep.py")) == {"factored"}
 
 

@@ -52,7 +52,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """A row for each parameter; prints as a table.
+    """A row for each parameter; prints as a table, less what is empty in every row of it.
+
+    *kept/example* is how many numbers a pair takes for one example, *entries* how many the
+    parameter has; *dense* is said of what is as large as a gradient of each example, *in scan* of
+    what `collect` contracts there.
 
     Attributes:
         rows: in the order of the leaves of params.
@@ -69,7 +73,7 @@ class Explanation:
 
     def __str__(self) -> str:
         columns = (
-            "parameter", "shape", "kind", ">uses", ">groups", ">positions", ">numbers/example",
+            "parameter", "shape", "kind", ">uses", ">groups", ">positions", ">kept/example",
             ">entries", "dense", "in scan", "why no pair",
         )  # fmt: skip
         marks = {True: "yes", False: "-"}
@@ -81,7 +85,9 @@ class Explanation:
             )
             for row in self.rows
         ]  # fmt: skip
-        return render(columns, rows)
+        shown = [k for k in range(len(columns)) if any(row[k] not in ("", "-") for row in rows)]
+        table = [[row[k] for k in shown] for row in rows]
+        return render([columns[k] for k in shown], table)
 
 
 def explanation(program: Program) -> Explanation:

@@ -237,9 +237,10 @@ def gather(
     """
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     batch, batched = numbers.operand_batching_dims, numbers.start_indices_batching_dims
-    # Whatever the index along an axis that is read as a whole, in range it is 0.
-    clip = params["mode"] == lax.GatherScatterMode.CLIP
-    along = [j for j in numbers.start_index_map if not (clip and sizes[j] == shape[j])]
+    # Along an axis that is read as a whole, an index that is in range, or clipped, is 0.
+    mode, modes = params["mode"], lax.GatherScatterMode
+    clip, inside = mode == modes.CLIP, mode in (modes.CLIP, modes.PROMISE_IN_BOUNDS)
+    along = [j for j in numbers.start_index_map if not (inside and sizes[j] == shape[j])]
     if len(along) != 1 or sizes[along[0]] != 1:
         return "a gather along several axes, or of several rows at once"
     (k,) = along
