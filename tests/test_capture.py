@@ -192,6 +192,9 @@ OPERATIONS = {
     "rows, mapped": (
         lambda w, x: jax.vmap(lambda k: w[k])(jnp.array([0, 4, 4])) * x[:9].reshape(3, 3), (5, 3), "Lookup"
     ),
+    "columns, mapped": (
+        lambda w, x: jax.vmap(lambda k: w[:, k])(jnp.array([2, 0, 2])) * x[:15].reshape(3, 5), (5, 3), "Lookup"
+    ),
     "out of range, filled": (gathered("fill"), (5, 3), "Lookup"),
     "out of range, clipped": (gathered("clip"), (5, 3), "Lookup"),
     "of the data": (lambda w, x: w[jnp.argsort(x[:4])] * x[:12].reshape(4, 3), (5, 3), "Lookup"),
