@@ -101,6 +101,7 @@ MOVES = {
     "twice": (lambda w: w + w, (4, 3)),
     "joined with its half": (lambda w: jnp.concatenate([w, w[:2] * 0.5]), (4, 3)),
     "joined along the other axis": (lambda w: jnp.concatenate([w[:, :1], w], 1).T, (4, 3)),
+    "joined and cut within": (lambda w: jnp.concatenate([jnp.ones((2, 3)), w])[3:5], (4, 3)),
     "pad": (lambda w: jnp.pad(w, ((1, 0), (2, 1))), (4, 3)),
     "pad and flip and slice": (lambda w: jnp.pad(w, ((2, 1), (0, 0)))[::-1][1:6], (4, 3)),
     "stack": (lambda w: jnp.stack([w, 2 * w]), (4, 3)),
@@ -209,6 +210,9 @@ OPERATIONS = {
     "a complex product": (
         lambda w, x: (w.astype(complex) @ lax.complex(x[:3], x[3:6])).imag, (4, 3), "Full"
     ),
+    "repeated and merged": (
+        lambda w, x: jnp.broadcast_to(w[:, None], (4, 2, 3)).reshape(8, 3) @ x[:3], (4, 3), "Full"
+    ),
     "a square": (lambda w, x: jnp.sum(w**2) + x[0], (4, 3), "Full"),
     "a norm": (lambda w, x: jnp.linalg.norm(w) * x[0], (4, 3), "Full"),
     "a mask of constants": (lambda w, x: (w * jnp.tri(4, 3, dtype="float64")) @ x[:3], (4, 3), "Full"),
@@ -238,6 +242,17 @@ def test_operations_give_pairs(name):
     params = {"w": drawn(*shape)}
     assert assert_exact(cost, params, x) == [kind]
     assert_exact(twice, params, x)
+
+
+def test_a_net_input_that_is_read_twice_has_a_delta_of_its_own():
+    """That of its sum with the bias is not its own."""
+
+    def cost(params, x):
+        z = x @ params["w"]
+        return jnp.sum(jnp.sin(z + params["b"])) + jnp.sum(jnp.square(z))
+
+    kinds = assert_exact(cost, {"w": drawn(4, 3), "b": drawn(3)}, drawn(B, 4))
+    assert kinds == ["Shift", "Outer"]
 
 
 def layer(h, w):
