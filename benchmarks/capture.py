@@ -6,7 +6,9 @@ The models are written for Equinox and Flax, as their users write them, and a pr
 of one example. The unit of time is `jit(jax.value_and_grad)` of the mean of its `jax.vmap`, taken
 in turns with each contestant; that of memory is what the compiler states for it. All answers are
 about the costs of single examples, divided by nothing. Under "tracing" the time is that of
-`jax.jit(...).trace` alone, in units of that of the plain gradient.
+`jax.jit(...).trace` alone, the least of a few, in units of that of the plain gradient.
+
+The fields of a result are those of per_example.py, but its note also tells whether the goal is met.
 """
 
 from __future__ import annotations
@@ -16,21 +18,23 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from contest import Contestant, built, machine, save
+from flax import nnx
 from jax import Array, lax
-from per_example import REFUSALS, Problem, compete
+from per_example import REFUSALS, Problem, Result, compete, table
 from plain.per_example import MAX_NORM, by_jax_privacy, in_parts, whole
 from tqdm import tqdm
 
 import jbackprop as jb
-from jbackprop.table import render
 
 QUANTITIES = ("norms", "clipped")
 CLASSES, VOCABULARY, HEADS = 10, 64, 4
@@ -57,8 +61,6 @@ def labelled(batch: int, *shape: int) -> tuple[Array, Array]:
 
 def mlp(batch: int = 256) -> Model:
     """784-1024-1024-1024-10, relu; Equinox."""
-    import equinox as eqx
-
     net = eqx.nn.MLP(784, CLASSES, 1024, 3, jax.nn.relu, key=jax.random.key(0))
     params, static = eqx.partition(net, eqx.is_inexact_array)
 
@@ -68,22 +70,23 @@ def mlp(batch: int = 256) -> Model:
     return cost, params, labelled(batch, 784)
 
 
+class Cnn(nnx.Module):
+    """Three convolutions with GroupNorm, the mean over places, a linear head."""
+
+    def __init__(self, rngs: Any) -> None:
+        sizes = ((1, 32, 1), (32, 64, 2), (64, 64, 2))
+        self.convs = nnx.List([nnx.Conv(i, o, (3, 3), s, rngs=rngs) for i, o, s in sizes])
+        self.norms = nnx.List([nnx.GroupNorm(o, 8, rngs=rngs) for _, o, _ in sizes])
+        self.head = nnx.Linear(64, CLASSES, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = nnx.relu(norm(conv(x)))
+        return self.head(x.mean((1, 2)))
+
+
 def cnn(batch: int = 128) -> Model:
-    """Images 28x28x1, three convolutions with GroupNorm, the mean over places; Flax nnx."""
-    from flax import nnx
-
-    class Cnn(nnx.Module):
-        def __init__(self, rngs: Any) -> None:
-            sizes = ((1, 32, 1), (32, 64, 2), (64, 64, 2))
-            self.convs = nnx.List([nnx.Conv(i, o, (3, 3), s, rngs=rngs) for i, o, s in sizes])
-            self.norms = nnx.List([nnx.GroupNorm(o, 8, rngs=rngs) for _, o, _ in sizes])
-            self.head = nnx.Linear(64, CLASSES, rngs=rngs)
-
-        def __call__(self, x: Array) -> Array:
-            for conv, norm in zip(self.convs, self.norms, strict=True):
-                x = nnx.relu(norm(conv(x)))
-            return self.head(x.mean((1, 2)))
-
+    """Images 28x28x1; Flax nnx."""
     graph, params = nnx.split(Cnn(nnx.Rngs(0)), nnx.Param)
 
     def cost(params: Any, x: Array, y: Array) -> Array:
@@ -92,36 +95,44 @@ def cnn(batch: int = 128) -> Model:
     return cost, params, labelled(batch, 28, 28, 1)
 
 
+class Block(nn.Module):
+    """Attention and two Dense, as `nn.scan` wants a block."""
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> tuple[Array, None]:
+        width = x.shape[-1]
+        attend = nn.MultiHeadDotProductAttention(HEADS)
+        x = x + attend(nn.LayerNorm()(x), mask=mask)
+        return x + nn.Dense(width)(nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))), None
+
+
+class Transformer(nn.Module):
+    """Blocks one by one, or scanned and rematerialised; the head is the embedding."""
+
+    width: int
+    depth: int
+    scanned: bool
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:
+        embed, mask = nn.Embed(VOCABULARY, self.width), nn.make_causal_mask(ids)
+        x = embed(ids) + nn.Embed(len(ids), self.width)(jnp.arange(len(ids)))
+        if self.scanned:
+            stack = nn.scan(
+                nn.remat(Block, prevent_cse=False),
+                variable_axes={"params": 0}, split_rngs={"params": True},
+                in_axes=nn.broadcast, length=self.depth,
+            )  # fmt: skip
+            x, _ = stack()(x, mask)
+        else:
+            for _ in range(self.depth):
+                x, _ = Block()(x, mask)
+        return embed.attend(nn.LayerNorm()(x))
+
+
 def transformer(width: int, depth: int, length: int, batch: int, scanned: bool = False) -> Model:
-    """Blocks one by one, or scanned and rematerialised; the head is the embedding; Flax linen."""
-    import flax.linen as nn
-
-    class Block(nn.Module):
-        @nn.compact
-        def __call__(self, x: Array, mask: Array) -> tuple[Array, None]:
-            attend = nn.MultiHeadDotProductAttention(HEADS)
-            x = x + attend(nn.LayerNorm()(x), mask=mask)
-            hidden = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
-            return x + nn.Dense(width)(hidden), None
-
-    class Transformer(nn.Module):
-        @nn.compact
-        def __call__(self, ids: Array) -> Array:
-            embed, mask = nn.Embed(VOCABULARY, width), nn.make_causal_mask(ids)
-            x = embed(ids) + nn.Embed(length, width)(jnp.arange(length))
-            if scanned:
-                stack = nn.scan(
-                    nn.remat(Block, prevent_cse=False),
-                    variable_axes={"params": 0}, split_rngs={"params": True},
-                    in_axes=nn.broadcast, length=depth,
-                )  # fmt: skip
-                x, _ = stack()(x, mask)
-            else:
-                for _ in range(depth):
-                    x, _ = Block()(x, mask)
-            return embed.attend(nn.LayerNorm()(x))
-
-    net = Transformer()
+    """A causal language model; Flax linen."""
+    net = Transformer(width, depth, scanned)
     ids = jax.random.randint(jax.random.key(1), (batch, length + 1), 0, VOCABULARY)
     params = jax.jit(net.init)(jax.random.key(0), ids[0, 1:])
 
@@ -133,8 +144,6 @@ def transformer(width: int, depth: int, length: int, batch: int, scanned: bool =
 
 def rnn(batch: int = 64) -> Model:
     """A GRU 64 -> 256 over 32 steps, and a linear head on its last state; Equinox."""
-    import equinox as eqx
-
     keys = jax.random.split(jax.random.key(0))
     net = eqx.nn.GRUCell(64, 256, key=keys[0]), eqx.nn.Linear(256, CLASSES, key=keys[1])
     params, static = eqx.partition(net, eqx.is_inexact_array)
@@ -208,46 +217,23 @@ def contestants(cost: Function, name: str, quantity: str, batch: int) -> list[Co
     ]
 
 
-def goals(problem: str, quantity: str, contestant: str) -> dict[str, float]:
+def goal(problem: str, quantity: str, contestant: str) -> tuple[str, float] | None:
     """Of ours: of the time where the pairs are few enough to be kept, of the memory elsewhere."""
-    name, _, way = problem.split()[0], *contestant.split()
+    name, way = problem.split()[0], contestant.split()[-1]
     if name == "stack":
-        return {} if way == "kept" else {"memory": MEMORY_GOAL}
+        return None if way == "kept" else ("memory", MEMORY_GOAL)
     if quantity == "norms":
-        return {"time": NORMS_GOAL[name]}
-    return {"time": CLIPPED_GOAL} if way == "kept" else {}  # deferred, it is two gradients
+        return "time", NORMS_GOAL[name]
+    return ("time", CLIPPED_GOAL) if way == "kept" else None  # deferred, it may be two gradients
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One contestant against the plain gradient; None where it was not measured.
-
-    Attributes:
-        workload, contestant, kind: names.
-        milliseconds: median time of one call; of tracing, the least.
-        time: median of the paired ratios, its time / that of a plain gradient; of tracing, the
-            ratio of the least times.
-        quartiles: of these ratios.
-        memory, total: its temporary and its total memory (with arguments and results) / plain's.
-        compile: seconds to trace, lower and compile it.
-        difference: the worst relative difference from the first one's answer, leaf by leaf as in
-            `contest.difference`; of norms, each for itself.
-        goals: the most that fields of this may be.
-        note: why it was not measured.
-    """
-
-    workload: str
-    contestant: str
-    kind: str
-    milliseconds: float | None = None
-    time: float | None = None
-    quartiles: tuple[float, float] | None = None
-    memory: float | None = None
-    total: float | None = None
-    compile: float | None = None
-    difference: float | None = None
-    goals: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    note: str = ""
+def judged(result: Result, goal: tuple[str, float] | None) -> Result:
+    """With whether the goal, the most of one of its fields, is met as its note."""
+    if goal is None or result.time is None or result.note:
+        return result
+    what, most = goal
+    verdict = "met" if getattr(result, what) <= most else "missed"
+    return dataclasses.replace(result, note=f"{what} {most:.2f} {verdict}")
 
 
 def tracing(cost: Function, data: Sequence[Any], nothing: bool) -> tuple[float, float]:
@@ -275,53 +261,24 @@ def measure(name: str, quantity: str, model: Model, options: Any) -> list[Result
     people = contestants(cost, name, quantity, len(x))
     for person in tqdm(people, desc=load, leave=False, disable=not sys.stderr.isatty()):
         found, wanted = compete(problem, person, unit, wanted, options)
-        own = goals(name, quantity, person.name) if person.kind == "ours" else {}
-        results.append(Result(load, person.name, person.kind, goals=own, **found))
-    return results
+        own = goal(name, quantity, person.name) if person.kind == "ours" else None
+        results.append(judged(Result(load, person.name, person.kind, **found), own))
+    best = min((r.time for r in results if r.kind == "ours" and r.time), default=None)
+    return [
+        dataclasses.replace(r, over_ours=r.time / best) if r.time and best else r for r in results
+    ]
 
 
 def measure_tracing(name: str, model: Model) -> list[Result]:
     """The pairs alone against the plain gradient, in the time to trace a new function."""
     cost, params, batch = model
-    load, goal, results = f"{name}, batch {len(batch[0])}, tracing", {"time": TRACE_GOAL}, []
+    load, results = f"{name}, batch {len(batch[0])}, tracing", []
     for how, nothing in {"from nothing": True, "with JAX's caches": False}.items():
         plain, pairs = tracing(cost, (params, *batch), nothing)
-        results += [
-            Result(load, f"plain gradient, {how}", "plain", 1e3 * plain, 1.0),
-            Result(load, f"capture, {how}", "ours", 1e3 * pairs, pairs / plain, goals=goal),
-        ]
+        results.append(Result(load, f"plain gradient, {how}", "plain", 1e3 * plain, 1.0))
+        own = Result(load, f"capture, {how}", "ours", 1e3 * pairs, pairs / plain)
+        results.append(judged(own, ("time", TRACE_GOAL)))
     return results
-
-
-def verdict(r: Result) -> str:
-    """Which goals are met, or why there are no figures."""
-    found = [(what, getattr(r, what), most) for what, most in r.goals.items()]
-    met = {True: "met", False: "missed"}
-    said = [f"{what} {most:.2f} {met[own <= most]}" for what, own, most in found if own is not None]
-    return r.note or ", ".join(said)
-
-
-def table(results: Sequence[Result]) -> str:
-    """The results of one workload as text."""
-
-    def number(value: float | None, form: str = ".2f") -> str:
-        return "" if value is None else format(value, form)
-
-    rows = []
-    for r in results:
-        spread = "" if r.quartiles is None else " ({:.2f} to {:.2f})".format(*r.quartiles)
-        rows.append(
-            (
-                r.contestant, number(r.milliseconds, ".1f"), number(r.time) + spread,
-                number(r.memory), number(r.total), number(r.compile, ".1f"),
-                number(r.difference, ".0e"), verdict(r),
-            )
-        )  # fmt: skip
-    columns = (
-        "contestant", ">ms", ">time / plain", ">temp / plain", ">total / plain", ">compile s",
-        ">difference", "goals, or why not",
-    )  # fmt: skip
-    return render(columns, rows, results[0].workload)
 
 
 def main() -> None:

@@ -215,14 +215,14 @@ EQUIVALENT: dict[str, list[str]] = {
         "present: jnp.zeros((), values.dtype) -> jnp.ones((), values.dtype)"
     ],
     "asked only after isinstance": [
-        "Factored._same_form: type(other) is type(self) and mine == dataclasses.replace(other.home, path='')"
-        " -> mine == dataclasses.replace(other.home, path='')",
+        "Factored.same_form: type(other) is type(self) and self._form() == other._form()"
+        " -> self._form() == other._form()",
     ],
-    "_same_form looks at the type": [
-        "Lookup.dot: isinstance(other, Lookup) and self._same_form(other) -> self._same_form(other)",
-        "Outer.dot: isinstance(other, Outer) and self._same_form(other) -> self._same_form(other)",
-        "Outer.gram: isinstance(other, Outer) and self._same_form(other) -> self._same_form(other)",
-        "_Summed.dot: isinstance(other, _Summed) and self._same_form(other) -> self._same_form(other)",
+    "same_form looks at the type": [
+        "Lookup.dot: isinstance(other, Lookup) and self.same_form(other) -> self.same_form(other)",
+        "Outer.dot: isinstance(other, Outer) and self.same_form(other) -> self.same_form(other)",
+        "Outer.gram: isinstance(other, Outer) and self.same_form(other) -> self.same_form(other)",
+        "_Summed.dot: isinstance(other, _Summed) and self.same_form(other) -> self.same_form(other)",
     ],
     "a and delta have one depth, the same groups and positions": [
         "Outer.stacked: self.a.shape[0] -> self.delta.shape[0]",

@@ -644,7 +644,7 @@ def test_errors_of_the_model_say_what_it_was_given():
     with pytest.raises(TypeError) as caught:
         jb.capture(lambda p, x: jnp.sum(conv(x, p)))(drawn(3, 3, 2, 1), drawn(B, 4, 4, 2))
     notes = "".join(caught.value.__notes__)
-    assert "Wrap a model that wants that axis: give it x[None]" in notes
+    assert "If the model wants that axis, wrap it: give it x[None]" in notes
     assert "float64[4, 4, 2]" in notes
     with pytest.raises(TypeError, match=r"capture gives \(costs, factored\)"):
         jb.gradient(jb.capture(of_stack)(STACK, drawn(B, 4)))
@@ -679,3 +679,155 @@ def test_what_is_scanned_and_redone_keeps_its_memory():
     assert memory(lambda p: pe.norms(jb.capture(deep)(p, x)[1]), params) > 2 * plain
     text = jax.jit(lambda p: pe.norms(later(p, x))).lower(params).as_text()
     assert not re.search(r"tensor<24x16x24x64x\w*>|tensor<16x24x24x64x", text)  # no pair is stacked
+
+
+def scan_of(f, h, w):
+    return lax.scan(lambda h, w: (f(h, w), None), h, w)[0]
+
+
+def matmul(h, w):
+    return jnp.tanh(w @ h)
+
+
+UNEVEN = {
+    "turned inside": lambda p, x: jnp.sum(
+        scan_of(lambda h, w: scan_of(matmul, h, jnp.swapaxes(w, 0, 1)), x, p) ** 2
+    ),
+    "twice inside": lambda p, x: jnp.sum(
+        scan_of(lambda h, w: scan_of(matmul, scan_of(matmul, h, w), w), x, p) ** 2
+    ),
+    "inside and at once": lambda p, x: jnp.sum(
+        scan_of(lambda h, w: scan_of(matmul, h, w) + w[0] @ x, x, p) ** 2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_copies_are_the_same_to_all(name):
+    """What is scanned twice, but not in all its uses: the same norms and bounds by layer."""
+    cost, params, x = UNEVEN[name], drawn(2, 3, 3, 3), drawn(B, 3)
+    assert_exact(cost, params, x)
+
+    @jax.jit
+    def both(params, x):
+        kept, later = jb.capture(cost)(params, x)[1], jb.capture.deferred(cost)(params, x)
+        sources = (kept, later)
+        return [
+            (pe.norms(s, per_layer=True), pe.clipped_gradient(s, 0.1, "per_layer")) for s in sources
+        ]
+
+    kept, later = both(params, x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-11), later, kept)
+    one = pe.clipped_gradient(jb.capture.deferred(cost)(params, x[:1]), 0.1, "per_layer")
+    assert np.linalg.norm(one.gradient) <= 0.1
+
+
+TWO_FORMS = {
+    "dot and outer product": (
+        lambda p, x: jnp.dot(p, x) ** 2 + jnp.sum(jnp.sin(jnp.outer(x[:2], p))), (4,)
+    ),
+    "groups and none": (
+        lambda p, x: jnp.sum(jnp.sin(jnp.einsum("bio,bi->bo", p, x.reshape(2, 2))))
+        + jnp.sum(jnp.cos(jnp.einsum("bio,bi->o", p, x.reshape(2, 2)))), (2, 2, 4),
+    ),
+    "a row, and one of each row": (
+        lambda p, x: jnp.sum(p[jnp.argmax(x[:2])] ** 2 * x[0])
+        + jnp.sum(jax.vmap(lambda r, k: r[k])(p, jnp.argsort(x[:2])) * x[1]), (2, 3),
+    ),
+    "flipped in a scan and outside": (
+        lambda p, x: scan_of(lambda h, w: h + jnp.sum(jnp.sin(w * x[0])), 0.0, p[::-1])
+        + jnp.sum(jnp.sin(p[::-1] * x[1])), (3, 4),
+    ),
+    "one column": (
+        lambda p, x: jnp.sum(jnp.sin(x @ p)) + jnp.sum(jnp.einsum("io,t->tio", p, x) ** 2), (4, 1)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("any_rank")
+@pytest.mark.parametrize("name", TWO_FORMS)
+def test_two_forms_of_one_parameter(name):
+    cost, shape = TWO_FORMS[name]
+    assert_exact(cost, drawn(*shape), drawn(B, 4))
+
+
+def test_rows_by_indices_of_8_bits():
+    """They cannot hold the number of rows; nor does jax.grad always get these right: by hand."""
+    table = drawn(300, 2)
+    looks = {
+        "int8": lambda p, i: jnp.take(p, i, axis=0, mode="clip"),
+        "uint8": lambda p, i: lax.dynamic_index_in_dim(p, i[0]),
+    }
+    for dtype, ids, read in (
+        ("int8", [[1, 2], [100, -3]], [[1, 2], [100, 0]]),
+        ("uint8", [[250], [255]], [[250], [255]]),
+    ):
+        found = jb.capture(lambda p, i, look=looks[dtype]: jnp.sum(look(p, i) ** 2))(
+            table, jnp.array(ids, dtype)
+        )[1]
+        due = np.zeros((2, 300, 2))
+        for n, own in enumerate(read):
+            due[n, own] = 2 * table[jnp.array(own)]
+        np.testing.assert_allclose(found.each(), due, rtol=1e-12)
+
+
+def test_a_weight_that_is_scaled_before_it_is_cast():
+    """In 16 bits neither the factor nor its product with the delta need have a place."""
+    w, x = drawn(3, 4).astype("float32"), drawn(2, 4).astype("float32")
+    for factor in (1e-8, 1e6, 1 / 192**0.5):
+
+        def cost(p, x, factor=factor):
+            z = (p * jnp.float32(factor)).astype("float16") @ x.astype("float16")
+            return jnp.sum(z.astype("float32"))
+
+        found = jb.capture(cost)(w, x)[1].each()
+        due = factor * np.broadcast_to(x.astype("float16")[:, None], (2, 3, 4)).astype("float64")
+        assert relative(found, due) < 1e-6
+
+
+def test_numbers_without_a_dtype_promote_as_ever():
+    def cost(p, x):
+        return jnp.sum(x * p["s"])
+
+    x = drawn(B, 4).astype("bfloat16")
+    costs, found = jb.capture(cost)({"s": 0.3}, x)
+    assert costs.dtype == jnp.bfloat16
+    each = jax.vmap(jax.grad(cost), (None, 0))({"s": 0.3}, x)
+    assert relative(found["s"].each(), each["s"]) < 0.01
+
+
+def test_arrays_without_entries():
+    def cost(p, x):
+        wide = x @ p["none"]
+        joined = jnp.concatenate([p["empty"], p["b"]])
+        return (
+            jnp.sum(wide) + jnp.sum(jnp.sin(joined * x)) + jnp.sum(scan_of(matmul, x, p["turns"]))
+        )
+
+    params = {
+        "none": drawn(4, 0), "empty": drawn(0), "b": drawn(4), "turns": drawn(0, 4, 4)
+    }  # fmt: skip
+    assert_exact(cost, params, drawn(B, 4))
+    assert pe.norms(jb.capture.deferred(cost)(params, drawn(B, 4))).shape == (B,)
+
+
+def test_integers_times_weights():
+    def cost(p, x):
+        z = lax.dot_general(x, p, (((0,), (0,)), ((), ())), preferred_element_type="float32")
+        return jnp.sum(jnp.sin(z))
+
+    w, x = drawn(4, 3).astype("float32"), jnp.arange(8, dtype="int8").reshape(2, 4)
+    each = jax.vmap(jax.grad(cost), (None, 0))(w, x)
+    np.testing.assert_allclose(jb.capture(cost)(w, x)[1].each(), each, rtol=1e-6)
+
+
+def test_what_is_collected_is_floating():
+    collect = jb.capture(of_stack, collect=lambda pair: pair.square_norm() > 1)
+    with pytest.raises(TypeError, match=r"of params\['.*it gave bool"):
+        collect(STACK, drawn(B, 4))
+
+
+def test_explain_refuses_what_capture_refuses():
+    params = {"w": jax.ShapeDtypeStruct((3,), "int32")}
+    with pytest.raises(TypeError, match=r"params\['w'\] has the dtype int32"):
+        jb.capture.explain(of_stack)(params, DATA)

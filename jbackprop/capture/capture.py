@@ -37,15 +37,16 @@ class Capture:
 
         Args:
             cost: (params, *example) -> the cost of one example, () floating point. A model that
-                wants an axis of examples is given x[None].
+                wants an axis of examples is given x[None]; its batch norm must be in inference
+                mode, for it sees one example.
             has_aux: whether it gives (cost, aux).
             collect: what is asked of each pair instead of keeping it, such as
                 ``lambda pair: pair.square_norm()``: from one `Factored` of the mini-batch to
                 arrays. Scanned parameters (a leading axis that `lax.scan` goes along) are asked
                 copy by copy, where the copy's turn of the scan ends in the sweep back, so that the
                 pairs of one copy are alive at a time, and `jax.checkpoint` keeps its worth; the
-                answers are stacked in front. It must treat the examples alike whatever their number
-                (it is traced once).
+                answers are stacked in front. They must be floating-point arrays; of a scan whose
+                results have no bearing on the cost they are 0, whatever it gives of nothing.
 
         Returns:
             A function (params, *batch) -> (costs, factored), or ((costs, aux), factored). `batch`
@@ -81,7 +82,7 @@ class Capture:
         Each question is a forward sweep and a sweep back that contracts the pairs where they are
         born (see `collect` of `capture`); one that needs them twice, such as clipping, is two of
         both: about the time of two gradients, and no more memory than one where the model is
-        scanned and rematerialised.
+        scanned and rematerialised. As under `jax.jit`, what `cost` closes over is read once.
 
         Args:
             cost, has_aux: as in `capture`.

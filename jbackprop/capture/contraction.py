@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jbackprop.capture.pairs import pair_of
 from jbackprop.capture.plan import Plan
 from jbackprop.capture.uses import Use
+from jbackprop.factored import Factored
 
 Collect = Callable[..., Any]
 
@@ -83,6 +85,20 @@ def birthplace(found: Sequence[Use]) -> list[Plan]:
             break
         scans.append(found[0].scans[k])
     return scans
+
+
+def by_copy(collect: Collect, pair: Factored, *own: Any) -> Any:
+    """What is collected of every copy of scanned parameters, in front of one another."""
+    if pair.home.stack:
+        return jax.vmap(functools.partial(by_copy, collect))(pair.copies(), *own)
+    found = collect(pair, *own)
+    for v in jax.tree.leaves(found):
+        if not jnp.issubdtype(jnp.result_type(v), jnp.floating):
+            raise TypeError(
+                f"collect must give floating-point arrays, but of {pair.home.path} it gave "
+                f"{jnp.result_type(v)}: it is asked in the sweep back"
+            )
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +187,7 @@ def contraction(
 
     def collected(made: Any, aux: Any) -> list[Array]:
         pair = pair_of(found, made, own, path, n, depth)
-        leaves, tree = jax.tree.flatten(collect(pair, *aux))
+        leaves, tree = jax.tree.flatten(by_copy(collect, pair, *aux))
         trees.append(tree)
         return [jnp.asarray(v) for v in leaves]
 

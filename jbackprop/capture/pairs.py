@@ -24,6 +24,7 @@ from jbackprop.factored import (
     Shift,
     Step,
     Sum,
+    wide_dtype,
 )
 
 
@@ -48,7 +49,9 @@ def pair_of(
     """
     if not found:
         return Nothing(jnp.zeros((n, 0)), Place(tuple(like.shape), like.dtype, path))
-    pairs = [_one(use, *own, like, path, inside) for use, own in zip(found, made, strict=True)]
+    depth = _stacked(found) - inside
+    every = zip(found, made, strict=True)
+    pairs = [_one(use, *own, like, path, inside, depth) for use, own in every]
     parts = _side_by_side(found, pairs)
     home = home_of(found, like, path, inside)
     return parts[0] if len(parts) == 1 else Sum(tuple(parts), home)
@@ -56,11 +59,20 @@ def pair_of(
 
 def home_of(found: Sequence[Use], like: Any, path: str, inside: int = 0) -> Place:
     """The parameter, and along which leading axes it is scanned, wherever it is used."""
-    places = [_place(use, like, path, inside) for use in found]
-    stacks = {place.stack for place in places}
-    if len(stacks) == 1:
-        return dataclasses.replace(places[0], steps=())
-    return Place(tuple(like.shape), like.dtype, path)
+    depth = _stacked(found) - inside if found else 0
+    shape = tuple(like.shape)
+    return Place(shape[depth:], like.dtype, path, stack=shape[:depth])
+
+
+def _stacked(found: Sequence[Use]) -> int:
+    """Along how many leading axes a parameter is scanned as it is, in all its uses."""
+    every = [[level for level in use.part.levels if level.grouped] for use in found]
+    depth = 0
+    for levels in zip(*every, strict=False):
+        if any(level.steps for level in levels):
+            break
+        depth += 1
+    return depth
 
 
 def _side_by_side(found: Sequence[Use], pairs: Sequence[Factored]) -> list[Factored]:
@@ -84,7 +96,7 @@ def _joined(use: Use, one: Factored, other: Use, two: Factored) -> Factored | No
         if turned != (b, o, i) or _way(use) != _way(other):
             return None
         two = Outer(two.delta, two.a, one.place)
-    if type(one) is not type(two) or one.place != two.place:
+    if not one.same_form(two):
         return None
     if isinstance(one, Patches):
         return None
@@ -92,10 +104,17 @@ def _joined(use: Use, one: Factored, other: Use, two: Factored) -> Factored | No
         return dataclasses.replace(one, g=one.g + two.g)  # type: ignore[attr-defined]
 
     def side_by_side(x: Array, y: Array) -> Array:
-        dtype = jnp.promote_types(x.dtype, y.dtype)
-        return jnp.concatenate([x.astype(dtype), y.astype(dtype)], axis=2)
+        return jnp.concatenate(_of_one_dtype(x, y), axis=2)
 
     return jax.tree.map(side_by_side, one, two)
+
+
+def _of_one_dtype(x: Array, y: Array) -> tuple[Array, Array]:
+    """Both as they are, or in float32 at least."""
+    if x.dtype == y.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x, y
+    dtype = max(wide_dtype(x.dtype), wide_dtype(y.dtype), key=lambda dtype: jnp.finfo(dtype).bits)
+    return x.astype(dtype), y.astype(dtype)
 
 
 def _way(use: Use) -> Any:
@@ -103,7 +122,9 @@ def _way(use: Use) -> Any:
     return use.part.steps, [level for level in use.part.levels if level.grouped]
 
 
-def _one(use: Use, look: Any, delta: Array, like: Any, path: str, inside: int) -> Factored:
+def _one(
+    use: Use, look: Any, delta: Array, like: Any, path: str, inside: int, depth: int
+) -> Factored:
     levels = use.part.levels[inside:]
     grouped = [k + 1 for k, level in enumerate(levels) if level.grouped]
     held = [k + 1 for k, level in enumerate(levels) if not level.grouped]
@@ -117,7 +138,9 @@ def _one(use: Use, look: Any, delta: Array, like: Any, path: str, inside: int) -
         rest = [[k] for k in range(first + 2, x.ndim)]
         return merged(x, [*grouped, first], [*held, first + 1], *rest)
 
-    place = _place(use, like, path, inside)
+    place = _place(use, like, path, inside, depth)
+    if look is not None:
+        look, delta = _of_one_dtype(look, delta)
     if use.kind == "Full":
         written = jax.vmap(place.restore)(delta.astype(place.dtype))
         return Full(written, use.why, dataclasses.replace(place, steps=()))
@@ -149,19 +172,17 @@ def _longer(geometry: Any) -> Any:
     )
 
 
-def _place(use: Use, like: Any, path: str, inside: int) -> Place:
-    """Where a use's canonical form lies in its parameter."""
-    grouped = [level for level in use.part.levels[inside:] if level.grouped]
+def _place(use: Use, like: Any, path: str, inside: int, depth: int) -> Place:
+    """Where a use's canonical form lies in its parameter, of which `depth` axes are copies."""
     shape = tuple(like.shape)
-    if not any(level.steps for level in grouped):  # its leading axes are scanned as they are
-        depth = len(grouped)
-        return Place(shape[depth:], like.dtype, path, use.steps, shape[:depth])
+    grouped = [level for level in use.part.levels[inside:] if level.grouped]
     steps: list[Step] = []
     depths: list[int] = []
-    for level in grouped:
+    for level in grouped[depth:]:
         steps += [_under(step, depths) for step in level.steps]
         depths.append(level.length)
-    return Place(shape, like.dtype, path, (*steps, *(_under(step, depths) for step in use.steps)))
+    steps += [_under(step, depths) for step in use.steps]
+    return Place(shape[depth:], like.dtype, path, tuple(steps), shape[:depth])
 
 
 def _under(step: Step, depths: Sequence[int]) -> Step:

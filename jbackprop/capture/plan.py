@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from jbackprop.capture import parts, uses
 from jbackprop.capture.parts import Part, Parts
 from jbackprop.capture.uses import Use
+from jbackprop.factored import wide_dtype
 
 
 class Known(NamedTuple):
@@ -113,7 +115,7 @@ class Factor(NamedTuple):
 CALLS = {"jit", "pjit", "closed_call", "core_call", "core_closed_call"}
 CHECKPOINTS = {"checkpoint", "remat", "remat2"}
 IDENTITIES = {
-    "copy", "copy_p", "optimization_barrier", "sharding_constraint", "reduce_precision", "name",
+    "copy", "copy_p", "optimization_barrier", "sharding_constraint", "name",
     "device_put", "mesh_cast", "pvary", "reshard", "layout_constraint",
 }  # fmt: skip
 
@@ -185,7 +187,9 @@ class Planner:
     def add(self, use: Use, of: Any, operands: Sequence[Any] = ()) -> Use:
         """Number a use of a variable, an operand or a result."""
         like = _like(of)
-        use.delta_like = jax.ShapeDtypeStruct(use.delta.like(like.shape), like.dtype)
+        # A number that a weight was multiplied with before a cast may not fit the delta's dtype.
+        dtype = wide_dtype(like.dtype) if set(use.part.scales) - {1.0, -1.0} else like.dtype
+        use.delta_like = jax.ShapeDtypeStruct(use.delta.like(like.shape), dtype)
         if use.look is not None:
             use.look_like = jax.eval_shape(use.look, [_like(v) for v in operands])
         use.index = len(self.uses)
@@ -454,7 +458,8 @@ def _times_number(eqn: JaxprEqn, known: list[Known], depth: int) -> Parts:
             continue
         factor = v.val if isinstance(v, Literal) else None
         if factor is not None:
-            by: Any = 1 / float(factor) if divided else float(factor)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                by: Any = float(np.divide(1.0, np.float64(factor)) if divided else factor)
         else:
             by = Factor(depth, v, divided)
         return tuple(parts.scaled(part, by) for part in _spread(eqn, known, k))

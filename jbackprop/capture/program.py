@@ -69,7 +69,7 @@ def traced(
         aux_trees.append(aux_tree)
         return [_scalar(value), *leaves]
 
-    one = [jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for v in moving]
+    one = [_like(v, 1) for v in moving]
     try:
         closed = jax.make_jaxpr(flat)([_like(v) for v in leaves], one)
     except NameError as error:
@@ -80,16 +80,16 @@ def traced(
             "example: what couples the examples, such as a batch norm in training, has no gradient "
             "of one of them. Use its running statistics (inference mode), or another norm"
         ) from error
-    except Exception as error:
+    except (TypeError, ValueError) as error:
         shapes = ", ".join(f"{v.dtype}{list(v.shape)}" for v in one)
         error.add_note(
             "jbackprop.capture calls cost(params, *example) with one example at a time, without "
-            f"the axis of the mini-batch: {shapes}. Wrap a model that wants that axis: give it "
+            f"the axis of the mini-batch: {shapes}. If the model wants that axis, wrap it: give it "
             "x[None], and take [0] of what it gives"
         )
         raise
     planner = Planner()
-    known = [Known((of_leaf(k, v.shape),)) for k, v in enumerate(leaves)]
+    known = [Known((of_leaf(k, v.shape),) if v.size else ()) for k, v in enumerate(leaves)]
     known += [Known(data=True) for _ in moving]
     plan, out = planner.plan(closed.jaxpr, closed.consts, known)
     result = closed.jaxpr.outvars[0]
@@ -98,27 +98,25 @@ def traced(
     return Program(leaves, tree, paths, moving, n, plan, aux_trees[-1])
 
 
-def _like(v: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(v.shape, v.dtype)
+def _like(v: Array, axis: int = 0) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(v.shape[axis:], v.dtype, weak_type=getattr(v, "weak_type", False))
 
 
 def _parameter(path: str, leaf: Any) -> Array:
-    if isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.floating):
-        return leaf  # type: ignore[return-value]
     if not hasattr(leaf, "dtype") and not isinstance(leaf, float):
         raise TypeError(
             f"{path} is {leaf!r}: parameters must be arrays of floating-point numbers. Keep "
             "what is no array out of params, and close cost over it (Equinox: eqx.partition(model, "
             "eqx.is_inexact_array); Flax: nnx.split(model, nnx.Param, ...))"
         )
-    array = jnp.asarray(leaf)
+    array = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
             f"{path} has the dtype {array.dtype}: parameters must be real floating-point "
             "numbers. Keep counters, keys and the like out of params, and close cost over them, or "
             "give them with the batch"
         )
-    return array
+    return array  # type: ignore[return-value]
 
 
 def _examples(batch: Sequence[Any]) -> tuple[list[Array], Any, int]:
@@ -150,7 +148,7 @@ def _parted(found: Any, has_aux: bool) -> tuple[Any, Any]:
     if not has_aux:
         return found, ()
     if not isinstance(found, tuple) or len(found) != 2:
-        raise TypeError(f"with has_aux, cost must give (cost, aux), not {type(found).__name__}")
+        raise TypeError("with has_aux, cost must give (cost, aux), a pair")
     return found
 
 

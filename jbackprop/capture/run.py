@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -257,32 +258,26 @@ def _tap(y: Any, found: list[Use], sinks: Sinks, run: Run) -> Any:
                 own.append(sinks.kept[use.index, half])
                 factors = [_factor(by, run.frames) for by in use.part.scales]
                 beside.append(run.looked.pop(use.index) if half else factors)
-    return _tapped(tuple(keys), y, beside, own)
+
+    @jax.custom_vjp
+    def tapped(y: Any, beside: Any, sinks: Any) -> Any:
+        return y
+
+    def back(beside: Any, delta: Array) -> Any:
+        pairs = zip(keys, beside, strict=True)
+        return delta, None, [v if half else _scaled(use, delta, v) for (use, half), v in pairs]
+
+    tapped.defvjp(lambda y, beside, sinks: (y, beside), back)
+    return tapped(y, beside, own)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tapped(keys: tuple[tuple[Use, int], ...], y: Any, beside: Any, sinks: Any) -> Any:
-    return y
-
-
-def _tapped_there(keys: Any, y: Any, beside: Any, sinks: Any) -> Any:
-    return y, beside
-
-
-def _tapped_back(keys: Any, beside: Any, delta: Array) -> Any:
-    made = []
-    for (use, half), own in zip(keys, beside, strict=True):
-        if half:
-            made.append(own)
-            continue
-        scaled = delta
-        for by in own:
-            scaled = scaled * jnp.asarray(by, delta.dtype)
-        made.append(use.delta.of(scaled))
-    return delta, None, made
-
-
-_tapped.defvjp(_tapped_there, _tapped_back)
+def _scaled(use: Use, delta: Array, factors: Sequence[Any]) -> Array:
+    """The delta in the form that is due, times the numbers that the parameter was."""
+    delta = delta.astype(use.delta_like.dtype)
+    if factors:
+        numbers = [jnp.asarray(by, delta.dtype) for by in factors]
+        delta = delta * functools.reduce(operator.mul, numbers)
+    return use.delta.of(delta)
 
 
 def _factor(by: Any, frames: Frames) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from jax import Array
 from jbackprop.capture.contraction import (
     Collect,
     birthplace,
+    by_copy,
     contraction,
     halves,
     sharing,
@@ -20,7 +20,7 @@ from jbackprop.capture.contraction import (
 from jbackprop.capture.pairs import pair_of
 from jbackprop.capture.program import Program
 from jbackprop.capture.run import Run, Sinks, evaluate
-from jbackprop.factored import Factored, PyTree
+from jbackprop.factored import PyTree
 
 
 def run(program: Program, collect: Collect | None = None, aux: PyTree = None) -> tuple[Any, ...]:
@@ -75,10 +75,3 @@ def run(program: Program, collect: Collect | None = None, aux: PyTree = None) ->
             pair = jax.lax.optimization_barrier(pair)
         results.append(pair if collect is None else by_copy(collect, pair, *own[k]))
     return costs, jax.tree.unflatten(program.aux, more), results
-
-
-def by_copy(collect: Collect, pair: Factored, *own: Any) -> Any:
-    """What is collected of every copy of scanned parameters, in front of one another."""
-    if pair.home.stack:
-        return jax.vmap(functools.partial(by_copy, collect))(pair.copies(), *own)
-    return collect(pair, *own)

@@ -123,6 +123,18 @@ def _positions(part: Part) -> Form:
     return Form(runs, _boxes(part, every, every))
 
 
+def _wide_enough(ids: Array) -> Array:
+    """Indices of 8 or 16 bits cannot hold the number of rows."""
+    return ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
+
+
+def _floating(x: Array) -> Array:
+    """Integers, and what has 8 bits, promote with no delta."""
+    if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1:
+        return x
+    return x.astype(jnp.float32 if x.dtype.itemsize < 4 else jnp.result_type(float))
+
+
 def full(part: Part, operation: str, why: str) -> Use:
     """Its gradient, written out for the example."""
     every = range(len(part.axes))
@@ -187,7 +199,7 @@ def dot(part: Part, shape: tuple[int, ...], numbers: Any, rank: int, mine: int) 
         part,
         "dot_general",
         delta,
-        lambda values: a.of(values[1 - mine]),
+        lambda values: a.of(_floating(values[1 - mine])),
         arranged(part, sum(order, ())),
         order,
     )
@@ -261,7 +273,7 @@ def gather(
     ids = Form((groups, others))
 
     def look(values: Values) -> Array:
-        found = values[1][..., column]
+        found = _wide_enough(values[1][..., column])
         return ids.of(jnp.clip(found, 0, rows - 1) if clip else found)
 
     steps = arranged(part, _axes(part, (*batch, k, *rest)))
@@ -279,7 +291,7 @@ def dynamic_slice(part: Part, shape: tuple[int, ...], out: tuple[int, ...]) -> U
     gone = _repeated(part, rest, rest)
 
     def look(values: Values) -> Array:
-        start = jnp.clip(jnp.asarray(values[1 + k]), 0, rows - size)
+        start = jnp.clip(_wide_enough(jnp.asarray(values[1 + k])), 0, rows - size)
         return (start + jnp.arange(size, dtype=start.dtype))[None]
 
     delta = Form(((), (k,), (*_real(part, rest, rest), *gone)), (), gone)

@@ -289,10 +289,14 @@ class Factored(abc.ABC):
 
         return in_blocks(some, (self, weights), self.size, self.entries, summed=True)
 
-    def _same_form(self, other: Factored) -> bool:
+    def same_form(self, other: Factored) -> bool:
         """Whether inner products of the canonical forms are those of the gradients."""
-        mine = dataclasses.replace(self.home, path="")
-        return type(other) is type(self) and mine == dataclasses.replace(other.home, path="")
+        return type(other) is type(self) and self._form() == other._form()
+
+    def _form(self) -> Any:
+        """All but the name, and the lengths of the batch and of the positions."""
+        sizes = [(v.shape[1:2], v.shape[3:]) for v in jax.tree.leaves(self)]
+        return dataclasses.replace(self.home, path=""), sizes, getattr(self, "rows", None)
 
 
 AT_ONCE = 1 << 20

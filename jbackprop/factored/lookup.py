@@ -85,7 +85,7 @@ class Lookup(Factored):
     def dot(self, other: Factored, method: Method = "auto") -> Array:
         if self._turns(other):
             return self._dot_outer(other)  # type: ignore[arg-type]
-        if not (isinstance(other, Lookup) and self._same_form(other)):
+        if not (isinstance(other, Lookup) and self.same_form(other)):
             return super().dot(other, method)
         mine, theirs = self._merged(), other._merged()
         same = mine[0][:, :, :, None] == theirs[0][:, :, None, :]
@@ -93,7 +93,7 @@ class Lookup(Factored):
         return jnp.sum(jnp.where(same, products, 0), axis=(1, 2, 3))
 
     def gram(self, other: Factored, method: Method = "auto") -> Array:
-        if not (isinstance(other, Lookup) and self._same_form(other)):
+        if not (isinstance(other, Lookup) and self.same_form(other)):
             return super().gram(other, method)
         delta = other.delta.astype(wide_dtype(other.delta.dtype))
 

@@ -92,7 +92,8 @@ class Outer(Factored):
             a = present(weights, a).astype(delta.dtype)
         if a.shape[1] == 1:  # one two-dimensional matmul: a 'ngt' contraction is slower
             dtype, over_n = jnp.result_type(a, delta), (((0,), (0,)), ((), ()))
-            a, delta = (v.reshape(-1, v.shape[3]).astype(dtype) for v in (a, delta))
+            rows = a.shape[0] * a.shape[2]
+            a, delta = (v.reshape(rows, v.shape[3]).astype(dtype) for v in (a, delta))
             return self.home.restore(
                 lax.dot_general(a, delta, over_n, preferred_element_type=wide_dtype(dtype))
             )
@@ -149,7 +150,7 @@ class Outer(Factored):
         return self.home.restore(mean), self.home.restore(variance)
 
     def dot(self, other: Factored, method: Method = "auto") -> Array:
-        if not (isinstance(other, Outer) and self._same_form(other)):
+        if not (isinstance(other, Outer) and self.same_form(other)):
             return super().dot(other, method)
         t, s, i, o = self.a.shape[2], other.a.shape[2], self.a.shape[3], self.delta.shape[3]
         if method == "materialise" or (
@@ -175,7 +176,7 @@ class Outer(Factored):
         return in_blocks(lambda pairs: _inner(*pairs), (self, other), self.size, entries)
 
     def gram(self, other: Factored, method: Method = "auto") -> Array:
-        if not (isinstance(other, Outer) and self._same_form(other)):
+        if not (isinstance(other, Outer) and self.same_form(other)):
             return super().gram(other, method)
         (n, g, t, i), (m, _, s, o) = self.a.shape, (*other.a.shape[:3], self.delta.shape[3])
         if method == "materialise" or (

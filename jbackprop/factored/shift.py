@@ -43,7 +43,7 @@ class _Summed(Factored):
     def total(self, weights: Array | None = None) -> Array:
         s = self._summands(weights)
         if s.shape[1] == 1:  # as in Outer: XLA recognises the delta that it has already
-            s = s.reshape(-1, s.shape[3])
+            s = s.reshape(s.shape[0] * s.shape[2], s.shape[3])
             return self.home.restore(jnp.sum(s, axis=0, dtype=wide_dtype(s.dtype)))
         return self.home.restore(jnp.sum(s, axis=(0, 2), dtype=wide_dtype(s.dtype)))
 
@@ -59,7 +59,7 @@ class _Summed(Factored):
         return einsum("ngo,go->n", s, w)
 
     def dot(self, other: Factored, method: Method = "auto") -> Array:
-        if not (isinstance(other, _Summed) and self._same_form(other)):
+        if not (isinstance(other, _Summed) and self.same_form(other)):
             return super().dot(other, method)
         return jnp.sum(self._sum() * other._sum(), axis=(1, 2))
 
