@@ -295,7 +295,7 @@ def equinox_shared_layer(rng):
     return cost, params, (tokens(rng, 3, 5),)
 
 
-@model()
+@model(every=False)
 def equinox_weight_norm(rng):
     params, static = of_equinox(
         rng, lambda: eqx.nn.WeightNorm(eqx.nn.Linear(3, 4, key=KEY), weight_name="weight")
@@ -675,7 +675,7 @@ def linen_conv_lstm(rng):
     return cost, params, (normal(rng, 3, 4, 3, 2), normal(rng, 3, 4, 3, 2))
 
 
-@model()
+@model(every=False)
 def linen_weight_and_spectral_norm(rng):
     class Net(nn.Module):
         @nn.compact

@@ -244,7 +244,7 @@ EQUIVALENT: dict[str, list[str]] = {
         "Sum.stacked: jax.tree.leaves(self.parts)[0] -> jax.tree.leaves(self.parts)[1]"
     ],
     "dot_general takes two dtypes too": [
-        "Outer.total: v.reshape(-1, v.shape[3]).astype(dtype) -> v.reshape(-1, v.shape[3])",
+        "Outer.total: v.reshape(rows, v.shape[3]).astype(dtype) -> v.reshape(rows, v.shape[3])",
     ],
     "what carries the delta has the structure of params": [
         "_layer_backward: as_told(layer, params, rule(carry, trace, delta))"

@@ -536,7 +536,8 @@ _LINEAR: dict[str, Callable[[JaxprEqn, list[Known]], Parts]] = {
 
 def _mul(eqn: JaxprEqn, known: list[Known]) -> list[Use]:
     shape = _shape(eqn.outvars[0])
-    if not any(k.data for k in known):  # a mask, weight normalisation: as large as a gradient
+    matrix = any(len(part.order) > 1 for k in known for part in k.parts)
+    if matrix and not any(k.data for k in known):  # a mask, weight normalisation
         raise UnfollowedError("it is multiplied with what is no data")
     if eqn.primitive.name == "div" and known[1].parts:
         raise UnfollowedError("it is divided by")
