@@ -34,7 +34,7 @@ def assert_rule(layer, plain, x, key=None, tolerance=1e-12):
     `plain` is (params, x of one example) -> y.
     """
     params = random_like(layer.init(jax.random.key(0)))
-    y = jax.vmap(plain, in_axes=(None, 0))(params, x)
+    y = jax.jit(jax.vmap(plain, in_axes=(None, 0)))(params, x)
     delta = random_like(y, 2)
 
     def cost(params, moving, x, delta):
@@ -49,24 +49,32 @@ def assert_rule(layer, plain, x, key=None, tolerance=1e-12):
     moving = [v for v in jax.tree.leaves(x) if is_float(v)]
     truth = jax.jit(jax.vmap(jax.grad(cost, argnums=(0, 1)), in_axes=(None, 0, 0, 0)))
     each, delta_x = truth(params, moving, x, delta)
+    n = len(jax.tree.leaves(x)[0])
+    weights = jnp.linspace(0.5, 2, n).at[0].set(0)
 
-    found, saved = jb.forward(layer, params, x, key)
+    @jax.jit
+    def ours(params, x, delta):
+        found, saved = jb.forward(layer, params, x, key)
+        back, factored = jb.backward(layer, params, layer.trace(x, found, saved), delta, sweep.keep)
+        pairs = jax.tree.leaves(factored, is_leaf=is_factored)
+        return found, back, [answers(pair, weights) for pair in pairs]
+
+    found, back, answered = ours(params, x, delta)
     assert_close(found, y, tolerance)
-    back, factored = jb.backward(layer, params, layer.trace(x, found, saved), delta, sweep.keep)
     is_none = [leaf is None for leaf in jax.tree.leaves(back, is_leaf=lambda v: v is None)]
     assert is_none == [not is_float(v) for v in jax.tree.leaves(x)]
     assert_close(jax.tree.leaves(back), delta_x, tolerance)
-    n = len(jax.tree.leaves(x)[0])
-    weights = jnp.linspace(0.5, 2, n).at[0].set(0)
-    pairs = jax.tree.leaves(factored, is_leaf=is_factored)
-    for pair, g in zip(pairs, jax.tree.leaves(each), strict=True):
+    for answer, g in zip(answered, jax.tree.leaves(each), strict=True):
         flat = g.reshape(n, -1)
-        assert_close(pair.each(), g, tolerance)
-        assert_close(pair.total(), g.sum(0), tolerance)
-        assert_close(pair.total(weights), jnp.tensordot(weights, g, 1), tolerance)
-        assert_close(pair.square_norm(), (flat**2).sum(1), tolerance)
-        assert_close(pair.second_moment(), (g**2).sum(0), tolerance)
-        assert_close(pair.gram(pair), flat @ flat.T, tolerance)
+        due = (g, g.sum(0), jnp.tensordot(weights, g, 1), (flat**2).sum(1), (g**2).sum(0),
+               flat @ flat.T)  # fmt: skip
+        assert_close(answer, due, tolerance)
+
+
+def answers(pair, weights):
+    """What a pair says of the gradients of single examples, all in one program."""
+    return (pair.each(), pair.total(), pair.total(weights), pair.square_norm(),
+            pair.second_moment(), pair.gram(pair))  # fmt: skip
 
 
 def is_float(v):

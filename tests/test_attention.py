@@ -14,6 +14,8 @@ import jbackprop as jb
 from jbackprop import sweep
 from jbackprop.layers import attention
 
+pytestmark = pytest.mark.newest
+
 
 def attend(layer, q, k, v, mask=None):
     """Query by query and head by head, of one example."""

@@ -669,6 +669,7 @@ def memory(f, *args):
 
 @pytest.mark.as_shipped
 @pytest.mark.newest
+@pytest.mark.usefixtures("any_rank")
 def test_what_is_scanned_and_redone_keeps_its_memory():
     params, x = jax.tree.map(lambda v: v.astype("float32"), (DEEP, drawn(16, 24, 32)))
     plain = memory(jax.grad(lambda p: jnp.mean(jax.vmap(deep, (None, 0))(p, x))), params)

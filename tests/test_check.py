@@ -277,6 +277,7 @@ def test_a_numerical_error_above_the_tolerance_is_inconclusive():
     assert jb.check.gradient(fun, x, candidate=right * 1.001, truth="numerical").verdict == "wrong"
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("truth", ["both", "autodiff", "numerical"])
 @pytest.mark.parametrize(("slope", "verdict"), [(0, "right"), (0.5, "right"), (1, "right"), (3, "wrong"), (-1.5, "wrong")])  # fmt: skip
 def test_at_a_kink_any_slope_between_is_right(truth, slope, verdict):
@@ -664,6 +665,7 @@ class Forgetful(jb.Outer):
         return 2 * super().square_norm()
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("layer", "broken"),
     [

@@ -13,6 +13,7 @@ import jbackprop as jb
 from jbackprop import structure, sweep
 from jbackprop.factored import is_factored
 
+pytestmark = pytest.mark.newest
 BLOCK = jb.Sequential(jb.Dense(4, 4), jb.Tanh())
 HALF = jb.Sequential(jb.Dense(2, 2), jb.Tanh())
 LOSS = jb.SquaredError()
@@ -130,7 +131,6 @@ WITH_KEYS = [
 ]
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize("net", WITH_KEYS, ids=repr)
 def test_keys_reach_the_leaves_and_the_way_back_draws_the_same(net):
     params, x, y = problem(net)
@@ -293,7 +293,6 @@ def temp(net, batch=64):
     return memory.temp_size_in_bytes, grads, 64 * 32 * x.dtype.itemsize
 
 
-@pytest.mark.newest
 @pytest.mark.as_shipped
 def test_what_a_stack_keeps():
     """Temporary memory for each copy more, in units of one activation (batch, width)."""

@@ -16,6 +16,7 @@ import jbackprop as jb
 from jbackprop import sweep
 from jbackprop.factored import Geometry, Patches, Place, Sum
 
+pytestmark = pytest.mark.newest
 TORCH = np.load(Path(__file__).parent / "torch_truth" / "convolution.npz")
 
 

@@ -12,6 +12,8 @@ import jbackprop as jb
 from jbackprop import sweep
 from jbackprop.factored import is_factored
 
+pytestmark = pytest.mark.newest
+
 
 def several(*shapes):
     return tuple(normal(4, *shape, seed=i) for i, shape in enumerate(shapes))
@@ -59,7 +61,6 @@ CASES = [
 ]
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize(
     ("layer", "plain", "x"), CASES, ids=[f"{i}-{c[0]}" for i, c in enumerate(CASES)]
 )

@@ -221,7 +221,7 @@ def test_mislabelled_digits(tmp_path: Path) -> None:
 
 def test_noise_scale(tmp_path: Path) -> None:
     path = tmp_path / "new" / "noise.png"
-    found = example("noise_scale").main(target=0.6, examples=1000, starts=2, output=path)
+    found = example("noise_scale").main(target=0.6, examples=1000, starts=1, output=path)
     assert found["losses"][0] > 2 > 0.6 > found["losses"][-1]
     assert 1 / 3 < found["foretold"] / found["measured"] < 3
     assert 2**-0.5 <= found["chosen"] / found["foretold"] <= 2**0.5
@@ -254,9 +254,9 @@ def test_private_flax(monkeypatch: pytest.MonkeyPatch) -> None:
     given = jb.Privacy(8.0, 1e-5, 1.0, 0.125, 80)
     monkeypatch.setattr(jb.Private, "multiplier", lambda *_: 0.3)
     monkeypatch.setattr(jb.Private, "report", lambda *_: given)
-    found = example("private_flax").main(epochs=6, examples=500, size=50, epsilons=(8.0,))
+    found = example("private_flax").main(epochs=4, examples=400, size=50, epsilons=(8.0,))
     plain, private = found["accuracies"].values()
-    assert plain > private > 0.5
+    assert plain > private > 0.4
     assert found["lines"] == (14, 8)
 
 

@@ -15,6 +15,7 @@ from truth import assert_close, relative
 import jbackprop as jb
 from jbackprop.objective import costs
 
+pytestmark = pytest.mark.newest
 Fused = jb.FusedSoftmaxCrossEntropy
 V = 7
 W = (0.5, 1.0, 2.0, 0.25, 0.0, 1.5, 3.0)

@@ -10,6 +10,7 @@ from truth import assert_close
 
 import jbackprop as jb
 
+pytestmark = pytest.mark.newest
 LOSS = jb.SquaredError()
 
 

@@ -11,6 +11,7 @@ from truth import relative
 import jbackprop as jb
 from jbackprop import catalogue
 
+pytestmark = pytest.mark.newest
 B, Q = 6, 4
 rng = np.random.default_rng(0)
 Z = rng.normal(size=(B, Q)) * 2

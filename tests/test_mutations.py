@@ -35,7 +35,7 @@ def test_what_computes_the_same_is_still_there():
 
 def test_a_sample_of_mutants_is_killed():
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, TESTS / "mutate_rules.py", "--sample", "3"]
+    command = [sys.executable, TESTS / "mutate_rules.py", "--sample", "2"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "mutants: 3 killed" in done.stdout, done.stdout
+    assert "mutants: 2 killed" in done.stdout, done.stdout

@@ -14,6 +14,7 @@ from truth import assert_close, relative
 import jbackprop as jb
 from jbackprop import sweep
 
+pytestmark = pytest.mark.newest
 LOSS = jb.SquaredError()
 
 
@@ -65,7 +66,6 @@ CASES = [
 ]
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize(
     ("layer", "plain", "shape"), CASES, ids=[f"{c[0]} on {c[2]}" for c in CASES]
 )

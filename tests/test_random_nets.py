@@ -1,4 +1,7 @@
-"""Networks that nobody thought of: depth 1 to 60, widths 1 to 64, every activation and loss."""
+"""Networks that nobody thought of: depth 1 to 60, widths 1 to 64, every activation and loss.
+
+The truth is autodiff: numbers confirm it for each layer, in test_rules.py.
+"""
 
 import dataclasses
 
@@ -54,7 +57,7 @@ class Problem:
 def problems(draw, scales=(2.0,)):
     case = draw(st.sampled_from(range(len(catalogue.LOSSES))))
     loss, _, output = catalogue.LOSSES[case]
-    depth = draw(st.sampled_from([1, 2, 3, 4, 5, 12]))
+    depth = draw(st.sampled_from([1, 2, 3, 5, 8]))
     widths = draw(st.lists(st.integers(1, 64), min_size=depth, max_size=depth))
     activations = draw(
         st.lists(st.sampled_from(ACTIVATIONS), min_size=depth - 1, max_size=depth - 1)
@@ -67,9 +70,9 @@ def problems(draw, scales=(2.0,)):
 
 
 @given(problems(scales=(2.0, 2.0, 1e4)))
-@settings(max_examples=12, **SETTINGS)
+@settings(max_examples=5, **SETTINGS)
 def test_float64(problem):
-    verdict = jb.check.network(*problem.build())
+    verdict = jb.check.network(*problem.build(), truth="autodiff")
     assert not verdict.wrong, f"{problem}\n{verdict}"
     for leaf in verdict.failures:  # units all saturated: true gradients and ours are zero
         assert problem.scale == 1e4, f"{problem}\n{verdict}"
@@ -80,14 +83,14 @@ def test_sixty_layers():
     """Few different ones, so that they compile in a bearable time."""
     widths, activations = [5, 17, 2] * 20, ([jb.Elu(), jb.Softsign(), jb.Gelu()] * 20)[:59]
     problem = Problem(jb.mlp([*widths, 3], activations), 3, 9, seed=1, scale=2.0)
-    verdict = jb.check.network(*problem.build())
+    verdict = jb.check.network(*problem.build(), truth="autodiff")
     assert verdict.ok, f"{problem}\n{verdict}"
 
 
 @given(problems(), st.sampled_from(["float32", "bfloat16", "float16"]))
-@settings(max_examples=8, **SETTINGS)
+@settings(max_examples=4, **SETTINGS)
 def test_low_precision(problem, dtype):
-    verdict = jb.check.network(*problem.build(), dtype)
+    verdict = jb.check.network(*problem.build(), dtype, "autodiff")
     assert not verdict.wrong, f"{problem}\n{verdict}"
     for leaf in verdict.failures:  # jax.grad loses as much in 16 bits, units flipping at kinks
         assert dtype != "float32", f"{problem}\n{verdict}"
@@ -95,7 +98,7 @@ def test_low_precision(problem, dtype):
 
 
 @given(problems(scales=(1e4,)), st.sampled_from(["float64", "float32"]))
-@settings(max_examples=4, **SETTINGS)
+@settings(max_examples=3, **SETTINGS)
 def test_extreme_inputs_give_finite_costs_deltas_and_gradients(problem, dtype):
     net, loss, params, x, y = problem.build()
     params, x = jax.tree.map(lambda v: v.astype(dtype), (params, x))

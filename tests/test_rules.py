@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import pickle
 
 import jax
@@ -68,29 +69,33 @@ def op_by_op():
 
 
 def in_dtypes():
-    """Composites in the widest and the coarsest: layers and losses are tried in all."""
+    """The widest; leaves also in one of the others, by turns, small composites in the coarsest.
+
+    Deep composites are tried in the widest only: in 16 bits jax.grad itself loses too much there.
+    """
+    turns = itertools.cycle(["bfloat16", "float32", "float16"])
     for case in CASES:
-        for dtype in ("float64", "bfloat16") if isinstance(case.rule, jb.Composite) else DTYPES:
-            marks = () if dtype == "float64" else pytest.mark.newest
-            yield pytest.param(case, dtype, marks=marks, id=f"{dtype}-{case.name}")
+        leaf = not isinstance(case.rule, jb.Composite)
+        coarse = [next(turns)] if leaf else [] if is_deep(case) else ["bfloat16"]
+        marks = pytest.mark.newest if is_deep(case) else ()
+        yield pytest.param(case, "float64", marks=marks, id=f"float64-{case.name}")
+        for dtype in coarse:
+            yield pytest.param(case, dtype, marks=pytest.mark.newest, id=f"{dtype}-{case.name}")
 
 
 @pytest.mark.parametrize(("case", "dtype"), list(in_dtypes()))
 def test_agrees_with_autodiff_in_float64(case, dtype):
-    deep = is_deep(case)
-    truth = "both" if dtype == "float64" else "autodiff"  # which numbers have confirmed there
-    verdict = case.check(dtype, truth)
-    for leaf in verdict.failures:  # so deep jax.grad itself loses too much in bfloat16
-        inconclusive = deep and dtype == "bfloat16" and leaf.verdict == "inconclusive"
-        assert inconclusive, f"{case.name}\n{verdict}"
-        assert leaf.figures.error <= leaf.figures.tolerance, f"{case.name}\n{verdict}"
+    """Numbers (complex step, differences) confirm autodiff for leaves in float64."""
+    both = dtype == "float64" and not isinstance(case.rule, jb.Composite)
+    verdict = case.check(dtype, "both" if both else "autodiff")
+    assert verdict.ok, f"{case.name}\n{verdict}"
     assert len(verdict.leaves) > 2
 
 
 @pytest.mark.newest
-@named(CASES)
+@named([c for i, c in enumerate(CASES) if c.key is not None or (i % 3 == 0 and not is_deep(c))])
 def test_value_and_gradient_are_those_of_jax_grad(case):
-    """Random draws included; layers and losses outside jit."""
+    """Random draws included, and a third of the others; layers and losses outside jit."""
     at = case.x, case.y
     truth = jax.value_and_grad(
         lambda p: mean_cost(case.net, case.loss, p, *at, case.key),
@@ -104,7 +109,7 @@ def test_value_and_gradient_are_those_of_jax_grad(case):
 
 
 @pytest.mark.newest
-@named(CASES)
+@named([case for case in CASES if not is_deep(case)])
 def test_lowers_for_every_platform_and_under_vmap(case):
     """Nothing is compiled: XLA for cpu, cuda and tpu, and the shapes of two nets at once."""
     call = functools.partial(jb.value_and_grad(case.net, case.loss), key=case.key)
@@ -164,7 +169,7 @@ def test_per_example_questions_are_those_of_vmap_grad(case):
 
 
 @pytest.mark.newest
-@named(RULES)
+@named(LEAVES)
 def test_backward_is_linear_in_delta(case):
     trace, delta = traced(case)
 
@@ -181,7 +186,7 @@ def test_backward_is_linear_in_delta(case):
 
 
 @pytest.mark.newest
-@named(RULES)
+@named([case for case in RULES if not is_deep(case)])
 def test_adjoint_identity(case):
     """<J v, u> = <v, J^T u> for the Jacobian of the rule at its input and its parameters."""
     trace, u = traced(case)
@@ -209,7 +214,7 @@ def test_adjoint_identity(case):
 
 
 @pytest.mark.newest
-@named(ALONE)
+@named([case for case in ALONE if not is_deep(case)])
 def test_vmap_over_the_batch_equals_a_loop(case):
     @jax.jit
     def answers(x, delta):
