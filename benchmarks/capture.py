@@ -161,6 +161,7 @@ PROBLEMS: dict[str, Callable[[], Model]] = {
     "cnn": cnn,
     "transformer of width 128": functools.partial(transformer, 128, 6, 64, 16),
     "transformer of width 256": functools.partial(transformer, 256, 4, 32, 32),
+    "transformer of width 512": functools.partial(transformer, 512, 2, 64, 8),
     "rnn": rnn,
     "stack": functools.partial(transformer, 128, 12, 64, 16, scanned=True),
 }

@@ -347,6 +347,11 @@ SCANS = {
         lambda p, x: jnp.sum(jnp.sin(jax.vmap(layer, (None, 0))(x, p))),
         {"a": drawn(3, 4, 5), "b": drawn(3, 5)}, (B, 4), {"Outer", "Shift"},
     ),
+    "ensembles in a stack": (
+        lambda p, x: jnp.sum(jnp.sin(
+            lax.scan(lambda h, w: (jax.vmap(layer)(h, w), None), jnp.stack([x, 2 * x]), p)[0])),
+        {"a": drawn(3, 2, 4, 4), "b": drawn(3, 2, 4)}, (B, 4), {"Outer", "Shift"},
+    ),
 }  # fmt: skip
 
 
