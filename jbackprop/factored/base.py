@@ -39,6 +39,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 PyTree = Any
+_T = TypeVar("_T")
 Method = Literal["auto", "gram", "materialise"]
 """How inner products of gradients are found where an example has several positions: from the Gram
 matrices of activations and deltas over the positions, by writing the gradients out, or whichever
@@ -304,12 +305,12 @@ AT_ONCE = 1 << 20
 
 
 def in_blocks(
-    f: Callable[[Any], Array], tree: PyTree, n: int, entries: int, summed: bool = False
-) -> Array:
+    f: Callable[[Any], _T], tree: PyTree, n: int, entries: int, summed: bool = False
+) -> _T:
     """f of a few examples at a time; `entries` is what f writes out for one of them.
 
     Args:
-        f: gives what belongs to each example (b, ...), or their sum.
+        f: gives what belongs to each example (b, ...), or their sum; a tree of arrays.
         tree: of arrays (n, ...).
         n: the number of examples.
         entries: so many numbers that about `AT_ONCE` are written at once.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -76,10 +78,23 @@ class Outer(Factored):
         delta = jnp.moveaxis(delta.reshape(*delta.shape[:3], chunks, width), 3, 0)
         return jnp.sum(lax.map(squares, delta), axis=0)
 
-    def _size_of_terms(self) -> Array:
-        """(sum_t |a_t| |delta_t|)^2 over all groups, (B,)."""
-        a, delta = (jnp.sqrt(jnp.sum(wide_square(v), axis=3)) for v in (self.a, self.delta))
-        return jnp.sum(jnp.square(jnp.sum(a * delta, axis=2)), axis=1)
+    def _own(self, entries: int) -> Array:
+        """|g_n|^2 from Gram matrices over the positions, as carefully as it takes.
+
+        Where positions cancel, the entries of the Gram matrices are much larger than their sum,
+        which then may be hardly more than their rounding. Mostly it is the mean that cancels, and
+        it can be taken out before; what is left of the rest is written out. (What holds NaN is
+        left so.)
+        """
+        products, size = in_blocks(_products, self, self.size, entries)
+        typical = size / (16 * self.a.shape[2])  # 1/T of it where positions have nothing in common
+
+        def carefully() -> Array:
+            products = in_blocks(lambda p: _inner(p, p), self, self.size, entries)
+            least = 1024 * jnp.finfo(products.dtype).eps * size
+            return _unless(products >= least, products, size, self._written_out)
+
+        return _unless(products >= typical, products, size, carefully)
 
     def stacked(self) -> Outer:
         place = stacked_place(self.place, self.a.shape[0])
@@ -160,19 +175,8 @@ class Outer(Factored):
         if 0 in (t, s):
             return jnp.zeros(self.size, wide_dtype(jnp.result_type(self.a, self.delta)))
         entries = 0 if t == s == 1 else 2 * self.a.shape[1] * t * s
-        if other is self:
-            products = in_blocks(lambda p: _inner(p, p), self, self.size, entries)
-            if t == 1:
-                return products
-            # Where the positions cancel, the entries of the Gram matrices are much larger than
-            # their sum, which then is hardly more than their rounding. What holds NaN is left so.
-            least = 1024 * jnp.finfo(products.dtype).eps * self._size_of_terms()
-            lost = ~(products >= least) & ~jnp.isnan(least)
-            return lax.cond(
-                jnp.any(lost),
-                lambda: jnp.where(lost, self._written_out(), products),
-                lambda: products,
-            )
+        if other is self and t > 1:
+            return self._own(entries)
         return in_blocks(lambda pairs: _inner(*pairs), (self, other), self.size, entries)
 
     def gram(self, other: Factored, method: Method = "auto") -> Array:
@@ -213,6 +217,20 @@ def _moments(a: Array, delta: Array, shares: Array) -> tuple[Array, Array]:
 
     sound = jnp.all(jnp.square(mean) <= _LOST * variance)
     return mean, lax.cond(sound, lambda: variance, one_by_one)
+
+
+def _unless(good: Array, products: Array, size: Array, f: Callable[[], Array]) -> Array:
+    """The products (B,), by f for the examples where they are not good; `size` tells NaN."""
+    bad = ~good & ~jnp.isnan(size)
+    return lax.cond(jnp.any(bad), lambda: jnp.where(bad, f(), products), lambda: products)
+
+
+def _products(pair: Outer) -> tuple[Array, Array]:
+    """|g_n|^2 from Gram matrices, and (sum_t |a_t| |delta_t|)^2, which no sum of theirs exceeds."""
+    a, delta = (einsum("ngtf,ngsf->ngts", v, v) for v in (pair.a, pair.delta))
+    own_a, own_delta = (jnp.sqrt(jnp.diagonal(v, axis1=2, axis2=3)) for v in (a, delta))
+    size = jnp.sum(jnp.square(jnp.sum(own_a * own_delta, axis=2)), axis=1)
+    return jnp.sum(a * delta, axis=(1, 2, 3)), size
 
 
 def _inner(one: Outer, other: Outer, m: str = "n") -> Array:
