@@ -100,6 +100,9 @@ EQUIVALENT: dict[str, list[str]] = {
         "Outer._own: products >= least -> products > least",
         "Outer._own: products >= typical -> products > typical",
     ],
+    "what holds NaN is NaN however it is found, at more cost": [
+        "_unless: ~good & ~jnp.isnan(size) -> ~good",
+    ],
     "written out, it is the same number, at more cost": [
         "Patches.gram: other.outer() if isinstance(other, Patches) else other -> other",
     ],
