@@ -38,7 +38,7 @@ def assert_exact(cost, params, *batch, captured=None, tolerance=1e-12):
 
     @jax.jit
     def both(params, batch):
-        due = jax.vmap(jax.value_and_grad(cost), axes)(params, *batch)
+        due = jax.jit(jax.vmap(jax.value_and_grad(cost), axes))(params, *batch)
         costs, factored = (captured or jb.capture(cost))(params, *batch)
         seen.append(factored)
         answers = pe.gradients(factored), pe.norms(factored)
@@ -400,7 +400,7 @@ def test_deferred_pairs_meet_and_are_written_out():
 
     later, each = (
         jb.capture.deferred(cost)(params, x),
-        jax.vmap(jax.grad(cost), (None, 0))(params, x),
+        jax.jit(jax.vmap(jax.grad(cost), (None, 0)))(params, x),
     )
     np.testing.assert_allclose(pe.gram(later), rows(each) @ rows(each).T, rtol=1e-12)
     np.testing.assert_allclose(pe.gradients(later, microbatch=2)["w"], each["w"], rtol=1e-12)
@@ -447,7 +447,7 @@ def test_parameters_side_by_side_of_which_some_are_scanned_are_layers_of_their_o
     params, x = {"w": drawn(3, 4, 4), "b": drawn(4)}, drawn(B, 4)
     layers = pe.norms(jb.capture(cost)(params, x)[1], per_layer=True)
     assert list(layers) == ["['b']", "['w'][0]", "['w'][1]", "['w'][2]"]
-    each = jax.vmap(jax.grad(cost), (None, 0))(params, x)
+    each = jax.jit(jax.vmap(jax.grad(cost), (None, 0)))(params, x)
     np.testing.assert_allclose(layers["['w'][1]"], np.linalg.norm(each["w"][:, 1], axis=(1, 2)))
     np.testing.assert_allclose(layers["['b']"], np.linalg.norm(each["b"], axis=1))
 
@@ -466,7 +466,7 @@ def test_under_every_transformation():
         capture = jb.capture(functools.partial(cost, s), collect=lambda pair: pair.square_norm())
         return jnp.sum(capture(w, x)[1], axis=0)
 
-    each = jax.vmap(jax.grad(functools.partial(cost, 1.0)), (None, 0))(w, x[0])
+    each = jax.jit(jax.vmap(jax.grad(functools.partial(cost, 1.0)), (None, 0)))(w, x[0])
     alone = np.linalg.norm(each.reshape(B, -1), axis=1)
     for ask, due in ((norms, alone), (squares, alone**2)):
         close = functools.partial(np.testing.assert_allclose, desired=due, rtol=1e-12)
@@ -479,7 +479,7 @@ def test_under_every_transformation():
     np.testing.assert_allclose(slope, alone, rtol=1e-12)
 
     def by_hand(w):
-        each = jax.vmap(jax.grad(functools.partial(cost, 1.0)), (None, 0))(w, x[0])
+        each = jax.jit(jax.vmap(jax.grad(functools.partial(cost, 1.0)), (None, 0)))(w, x[0])
         return jnp.sum(jnp.square(each), axis=(1, 2, 3))
 
     due = jax.jit(jax.jacrev(by_hand))(w)
@@ -500,7 +500,7 @@ def test_what_comes_with_the_cost_and_trees_of_data():
     (costs, aux), pair = jb.capture(cost, has_aux=True)(params, data, keys)
     assert aux["h"].shape == (B, 4)
     assert aux["w"].shape == (B, 4, 4)
-    each = jax.vmap(jax.grad(lambda *a: cost(*a)[0]), (None, 0, 0))(params, data, keys)
+    each = jax.jit(jax.vmap(jax.grad(lambda *a: cost(*a)[0]), (None, 0, 0)))(params, data, keys)
     np.testing.assert_allclose(pair.each(), each, rtol=1e-12)
     np.testing.assert_allclose(costs, np.sum(np.square(aux["h"]), axis=1), rtol=1e-12)
     later = jb.capture.deferred(cost, has_aux=True)(params, data, keys)
@@ -530,7 +530,7 @@ def test_in_16_bits_and_mixed():
 
     params = {"w": drawn(4, 5).astype("float32"), "b": drawn(5).astype("bfloat16")}
     costs, found = jb.capture(cost)(params, drawn(B, 6, 4).astype("float32"))
-    each = jax.vmap(jax.grad(cost), (None, 0))(params, drawn(B, 6, 4).astype("float32"))
+    each = jax.jit(jax.vmap(jax.grad(cost), (None, 0)))(params, drawn(B, 6, 4).astype("float32"))
     assert costs.dtype == jnp.float32
     for pair, due in zip(
         jax.tree.leaves(found, is_leaf=is_factored), jax.tree.leaves(each), strict=True
@@ -798,7 +798,7 @@ def test_numbers_without_a_dtype_promote_as_ever():
     x = drawn(B, 4).astype("bfloat16")
     costs, found = jb.capture(cost)({"s": 0.3}, x)
     assert costs.dtype == jnp.bfloat16
-    each = jax.vmap(jax.grad(cost), (None, 0))({"s": 0.3}, x)
+    each = jax.jit(jax.vmap(jax.grad(cost), (None, 0)))({"s": 0.3}, x)
     assert relative(found["s"].each(), each["s"]) < 0.01
 
 
@@ -823,7 +823,7 @@ def test_integers_times_weights():
         return jnp.sum(jnp.sin(z))
 
     w, x = drawn(4, 3).astype("float32"), jnp.arange(8, dtype="int8").reshape(2, 4)
-    each = jax.vmap(jax.grad(cost), (None, 0))(w, x)
+    each = jax.jit(jax.vmap(jax.grad(cost), (None, 0)))(w, x)
     np.testing.assert_allclose(jb.capture(cost)(w, x)[1].each(), each, rtol=1e-6)
 
 

@@ -49,7 +49,7 @@ def test_repeat_is_a_loop(every):
         return half_squares(x, y)
 
     bp = jb.backprop(net, LOSS, params, x, y)
-    truth, delta_x = jax.grad(cost, (0, 1))(params, x)
+    truth, delta_x = jax.jit(jax.grad(cost, (0, 1)))(params, x)
     assert_close(jb.gradient(bp, jnp.ones(5)), truth)
     assert_close(bp.delta_x, delta_x)
     assert_close(jb.value_and_grad(net, LOSS)(params, x, y, jnp.ones(5)), (cost(params, x), truth))
@@ -73,7 +73,7 @@ def test_reversible_is_additive_coupling(depth):
         return half_squares(x, y)
 
     bp = jb.backprop(net, LOSS, params, x, y)
-    truth, delta_x = jax.grad(cost, (0, 1))(params, x)
+    truth, delta_x = jax.jit(jax.grad(cost, (0, 1)))(params, x)
     assert_close(jb.gradient(bp, jnp.ones(5)), truth)
     assert_close(bp.delta_x, delta_x)
 
@@ -108,7 +108,7 @@ def test_fan_out_and_parallel_are_what_they_say():
         return half_squares(z, y)
 
     bp = jb.backprop(net, LOSS, params, x, y)
-    truth, delta_x = jax.grad(cost, (0, 1))(params, x)
+    truth, delta_x = jax.jit(jax.grad(cost, (0, 1)))(params, x)
     assert_close(jb.gradient(bp, jnp.ones(5)), truth)
     assert_close(bp.delta_x, delta_x)
 
@@ -135,19 +135,23 @@ WITH_KEYS = [
 def test_keys_reach_the_leaves_and_the_way_back_draws_the_same(net):
     params, x, y = problem(net)
     x = jnp.broadcast_to(x[:1], x.shape)
-    key = jax.random.key(3)
-    outputs, _ = jb.forward(net, params, x, key)
+
+    @jax.jit
+    def of(params, x, key):
+        def cost(params, x):
+            return half_squares(jb.forward(net, params, x, key)[0], y)
+
+        outputs = [jb.forward(net, params, x, k)[0] for k in (key, key, None)]
+        found = jb.value_and_grad(net, LOSS)(params, x, y, jnp.ones(5), key)
+        delta_x = jb.backprop(net, LOSS, params, x, y, key=key).delta_x
+        value, truth = jax.value_and_grad(cost, (0, 1))(params, x)
+        return outputs, (*found, delta_x), (value, *truth)
+
+    (outputs, again, without), found, truth = of(params, x, jax.random.key(3))
     assert len(np.unique(np.asarray(outputs), axis=0)) > 1, "every example draws for itself"
-    assert relative(jb.forward(net, params, x, key)[0], outputs) == 0
-    assert len(np.unique(np.asarray(jb.forward(net, params, x)[0]), axis=0)) == 1
-
-    def cost(params, x):
-        return half_squares(jb.forward(net, params, x, key)[0], y)
-
-    value, grads = jb.value_and_grad(net, LOSS)(params, x, y, jnp.ones(5), key)
-    bp = jb.backprop(net, LOSS, params, x, y, key=key)
-    truth, delta_x = jax.grad(cost, (0, 1))(params, x)
-    assert_close((value, grads, bp.delta_x), (cost(params, x), truth, delta_x))
+    assert relative(again, outputs) == 0
+    assert len(np.unique(np.asarray(without), axis=0)) == 1
+    assert_close(found, truth)
 
 
 def test_copies_draw_each_for_itself():
@@ -193,7 +197,7 @@ def test_transport_carries_the_delta_and_nothing_else(net):
         return half_squares(jb.forward(*structure.rebuild(net, params, pair), x)[0], y)
 
     bp = jb.backprop(net, LOSS, params, x, y, transport=feedback)
-    assert_close(jb.gradient(bp, jnp.ones(5)), jax.grad(cost)(params))
+    assert_close(jb.gradient(bp, jnp.ones(5)), jax.jit(jax.grad(cost))(params))
     same = jb.backprop(net, LOSS, params, x, y, transport=params)
     assert relative(same.delta_x, bp.delta_x) > 0.1
 

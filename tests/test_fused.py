@@ -74,28 +74,38 @@ def test_value_and_gradient_are_those_of_plain_jax_whatever_the_blocks(i):
     def cost(params):
         return jnp.sum(scale * plain_costs(plain_net(params, X), Y, **theirs))
 
-    truth = jax.jit(jax.value_and_grad(cost))(PARAMS)
-    for block, vocab_block in BLOCKS if i in (0, 4) else BLOCKS[1:2]:
-        loss = Fused(**ours, block=block, vocab_block=vocab_block)
-        assert_close(jb.value_and_grad(NET, loss)(PARAMS, X, Y, weights), truth)
-    bp = jb.backprop(NET, loss, PARAMS, X, Y)
-    assert_close(jb.gradient(bp, scale), truth[1])
-    assert relative(jax.jit(functools.partial(costs, NET, loss))(PARAMS, X, Y), bp.losses) < 1e-14
+    @jax.jit
+    def of(params):
+        found = []
+        for block, vocab_block in BLOCKS if i in (0, 4) else BLOCKS[1:2]:
+            loss = Fused(**ours, block=block, vocab_block=vocab_block)
+            found.append(jb.value_and_grad(NET, loss)(params, X, Y, weights))
+        bp = jb.backprop(NET, loss, params, X, Y)
+        losses = costs(NET, loss, params, X, Y)
+        return jax.value_and_grad(cost)(params), found, jb.gradient(bp, scale), bp.losses, losses
+
+    truth, found, gradient, of_backprop, losses = of(PARAMS)
+    for each in found:
+        assert_close(each, truth)
+    assert_close(gradient, truth[1])
+    assert relative(losses, of_backprop) < 1e-14
 
 
 @pytest.mark.parametrize("i", range(len(OPTIONS)))
 def test_on_net_inputs_it_is_the_plain_loss(i):
     theirs, ours = OPTIONS[i]
-    z, loss = normal(6, 3, V), Fused(**ours)
-    truth = plain_costs(z, Y, **theirs)
-    delta = jax.grad(lambda z: jnp.sum(plain_costs(z, Y, **theirs)))(z)
-    assert relative(loss.value(z, Y), truth) < 1e-13
-    assert relative(loss.delta(z, Y), delta) < 1e-13
-    for found, due in zip(loss.value_and_delta(z, Y), (truth, delta), strict=True):
+    loss, cap = Fused(**ours), theirs.get("cap")
+
+    @jax.jit
+    def of(z):
+        truth = plain_costs(z, Y, **theirs)
+        delta = jax.grad(lambda z: jnp.sum(plain_costs(z, Y, **theirs)))(z)
+        mean = jax.nn.softmax(cap * jnp.tanh(z / cap) if cap else z, axis=-1)
+        found = loss.value(z, Y), loss.delta(z, Y), *loss.value_and_delta(z, Y), loss.predict(z)
+        return found, (truth, delta, truth, delta, mean)
+
+    for found, due in zip(*of(normal(6, 3, V)), strict=True):
         assert relative(found, due) < 1e-13
-    cap = theirs.get("cap")
-    capped = cap * jnp.tanh(z / cap) if cap else z
-    assert relative(loss.predict(z), jax.nn.softmax(capped, axis=-1)) < 1e-14
 
 
 @pytest.mark.parametrize(
@@ -184,7 +194,7 @@ def test_big_and_infinite_net_inputs():
         z = x @ p["w"] + p["b"][None]
         return jnp.mean(plain_costs(z, jnp.asarray([0, 1, 2, 1])))
 
-    value, truth = jax.value_and_grad(cost)(small)
+    value, truth = jax.jit(jax.value_and_grad(cost))(small)
     found, grads = jb.value_and_grad(head, Fused(vocab_block=2))(params, x, y)
     assert abs(found - value) < 1e-11
     assert not np.any(grads["w"][:, jnp.asarray([1, 4])])
@@ -210,7 +220,9 @@ def test_large_and_small_net_inputs_share_a_block():
     def cost(p):
         return jnp.mean(plain_costs(x @ p["w"] + p["b"][None], y))
 
-    assert_close(jb.value_and_grad(head, Fused())(params, x, y), jax.value_and_grad(cost)(params))
+    assert_close(
+        jb.value_and_grad(head, Fused())(params, x, y), jax.jit(jax.value_and_grad(cost))(params)
+    )
 
 
 def test_the_delta_of_a_rare_class_in_float16_does_not_underflow():
@@ -238,7 +250,7 @@ def test_narrow_parameters(dtype):
     assert loss.delta(normal(6, 3, V).astype(dtype), Y).dtype == dtype
     assert value.dtype == jnp.float32
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(dtype)}
-    truth = jax.value_and_grad(cost)(exact)
+    truth = jax.jit(jax.value_and_grad(cost))(exact)
     assert relative(value, truth[0]) < 4 * eps
     assert_close(jax.tree.map(lambda g: g.astype("float64"), grads), truth[1], 8 * eps)
     weights = jnp.full(6, 1 / 6, dtype)
@@ -431,7 +443,7 @@ def test_a_transport_for_the_table_carries_the_delta_through_the_head():
         carried = jnp.einsum("nti,vi->ntv", h, table)
         return jnp.sum(plain_costs(lax.stop_gradient(true - carried) + carried, NEXT))
 
-    truth = jax.grad(cost)(TIED_PARAMS[1], other["w"])
+    truth = jax.jit(jax.grad(cost))(TIED_PARAMS[1], other["w"])
     assert_close(jax.tree.map(lambda g: 5 * g, jb.gradient(bp)[1]), truth)
 
 

@@ -31,7 +31,7 @@ def params(key):
 
 
 def truth(params, x, y):
-    return jax.value_and_grad(lambda p: mean_cost(NET, LOSS, p, x, y))(params)
+    return jax.jit(jax.value_and_grad(lambda p: mean_cost(NET, LOSS, p, x, y)))(params)
 
 
 def test_backprop_hands_out_what_jax_grad_hides(params):
@@ -55,8 +55,8 @@ def test_backprop_hands_out_what_jax_grad_hides(params):
 def test_weights(params):
     x, y = batch()
     w = jnp.asarray([0.1, 2.0, 0.0, 1.0, -0.5, 0.3, 4.0])
-    value, grads = jax.value_and_grad(
-        lambda p: jnp.sum(w * LOSS.value(jb.forward(NET, p, x)[0], y))
+    value, grads = jax.jit(
+        jax.value_and_grad(lambda p: jnp.sum(w * LOSS.value(jb.forward(NET, p, x)[0], y)))
     )(params)
     bp = jb.backprop(NET, LOSS, params, x, y)
     assert_close(jb.gradient(bp, w), grads)
@@ -145,8 +145,8 @@ class TestSurroundings(chex.TestCase):
         def size(grad):
             return lambda p: sum(jnp.sum(g**2) for g in jax.tree.leaves(grad(p, self.x, self.y)[1]))
 
-        got = jax.grad(size(self.call))(self.params)
-        chex.assert_trees_all_close(got, jax.grad(size(truth))(self.params), rtol=1e-10)
+        got = jax.jit(jax.grad(size(self.call)))(self.params)
+        chex.assert_trees_all_close(got, jax.jit(jax.grad(size(truth)))(self.params), rtol=1e-10)
 
     def test_scan_over_steps(self):
         def step(params, _):
@@ -218,7 +218,7 @@ class TestSurroundings(chex.TestCase):
         both = jnp.stack([outer, 2 * outer])
         chex.assert_trees_all_close(
             stacked(both)[1],
-            jax.grad(lambda o: cost(o, self.params, f))(both[1]),
+            jax.jit(jax.grad(lambda o: cost(o, self.params, f)))(both[1]),
             rtol=1e-12,
         )
 
@@ -244,8 +244,8 @@ def test_float16_gradients_do_not_underflow_with_the_size_of_the_batch(key):
     x, y = jnp.ones((n, 2), "float16"), jnp.full((n, 2), 1e-4, "float16")
     _, grads = jb.value_and_grad(net, loss)(params, x, y)
     np.testing.assert_allclose(grads["b"].astype(float), -1e-4, rtol=2e-3)
-    lost = jax.grad(
-        lambda p: jnp.mean(0.5 * jnp.sum((x @ p["w"] + p["b"].reshape(1, 2) - y) ** 2, 1))
+    lost = jax.jit(
+        jax.grad(lambda p: jnp.mean(0.5 * jnp.sum((x @ p["w"] + p["b"].reshape(1, 2) - y) ** 2, 1)))
     )(params)
     assert not np.any(np.asarray(lost["b"], float))
 
@@ -446,10 +446,12 @@ def test_coupled_examples_are_right_in_sum_and_refused_by_name_where_weights_mak
         return jnp.sum(w * LOSS.value(jb.forward(net, p, x)[0], y))
 
     call = jb.value_and_grad(net, LOSS)
-    assert_close(call(params, x, y), jax.value_and_grad(cost)(params, jnp.full(7, 1 / 7)), 1e-11)
-    assert_close(call(params, x, y, w), jax.value_and_grad(cost)(params, w), 1e-11)
+    assert_close(
+        call(params, x, y), jax.jit(jax.value_and_grad(cost))(params, jnp.full(7, 1 / 7)), 1e-11
+    )
+    assert_close(call(params, x, y, w), jax.jit(jax.value_and_grad(cost))(params, w), 1e-11)
     bp = jb.backprop(net, LOSS, params, x, y)
-    assert_close(jb.gradient(bp), jax.grad(cost)(params, jnp.full(7, 1 / 7)), 1e-11)
+    assert_close(jb.gradient(bp), jax.jit(jax.grad(cost))(params, jnp.full(7, 1 / 7)), 1e-11)
     by_name = r"layers\[1\] \(Centre\(\)\) couples the examples"
     with pytest.raises(ValueError, match=by_name):
         jb.gradient(bp, w)
@@ -486,10 +488,10 @@ def test_token_ids_and_tuples_go_through(key):
     params, ids, y = net.init(key), jnp.asarray([0, 4, 2]), jnp.asarray([0, 1, 2])
     bp = jb.backprop(net, LOSS, params, ids, y)
     assert bp.delta_x is None
-    plain = jax.grad(lambda p: mean_cost(net, LOSS, p, ids, y))(params)
+    plain = jax.jit(jax.grad(lambda p: mean_cost(net, LOSS, p, ids, y)))(params)
     assert_close(jb.gradient(bp), plain)
     f = jb.as_function(net)
-    assert_close(jax.grad(lambda p: jnp.mean(LOSS.value(f(p, ids), y)))(params), plain)
+    assert_close(jax.jit(jax.grad(lambda p: jnp.mean(LOSS.value(f(p, ids), y))))(params), plain)
 
 
 @pytest.mark.newest  # XLA's schedule is another with each version: on JAX 0.6.0 one takes 1.07
@@ -523,7 +525,7 @@ def test_the_derivative_by_a_weight_is_there_also_where_the_weight_is_0(params):
     x, y = batch()
     call = jb.value_and_grad(NET, LOSS)
     zeros = jnp.zeros(7)
-    by_weights = jax.grad(lambda w: call(params, x, y, w)[0])(zeros)
+    by_weights = jax.jit(jax.grad(lambda w: call(params, x, y, w)[0]))(zeros)
     assert relative(by_weights, jb.backprop(NET, LOSS, params, x, y).losses) < 1e-13
     through = jax.jacobian(lambda w: call(params, x, y, w)[1])(zeros)
     each = each_grad(NET, LOSS, params, x, y)
@@ -621,11 +623,13 @@ def test_mixed_dtypes_follow_their_owners(key):
         bp = jb.backprop(net, LOSS, params, half, y)
         assert bp.delta_x.dtype == jnp.bfloat16
         assert {g.dtype for g in jax.tree.leaves(jb.gradient(bp))} == {jnp.dtype("float32")}
-        by_x = jax.grad(lambda x: jnp.mean(LOSS.value(jb.as_function(net)(params, x), y)))(half)
+        by_x = jax.jit(jax.grad(lambda x: jnp.mean(LOSS.value(jb.as_function(net)(params, x), y))))(
+            half
+        )
         assert by_x.dtype == jnp.bfloat16
-        truth = jax.grad(lambda x: mean_cost(net, LOSS, params, x, y))(half)
+        truth = jax.jit(jax.grad(lambda x: mean_cost(net, LOSS, params, x, y)))(half)
         assert relative(by_x.astype(float), truth.astype(float)) < 0.01
     low = jax.tree.map(lambda p: p.astype("bfloat16"), params)
     f = jb.as_function(net)
-    grads = jax.grad(lambda p: jnp.sum(f(p, half).astype("float32")))(low)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(f(p, half).astype("float32"))))(low)
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("bfloat16")}

@@ -76,7 +76,7 @@ def truths(layer, params, x, u):
     @jax.jit
     def all_of_them(params, x, u):
         y = jax.vmap(lambda x: plain(layer, params, x)[0])(x)
-        grads, delta_x = jax.vmap(jax.grad(cost, (0, 1)), (None, 0, 0))(params, x, u)
+        grads, delta_x = jax.jit(jax.vmap(jax.grad(cost, (0, 1)), (None, 0, 0)))(params, x, u)
         return y, delta_x, grads
 
     return all_of_them(params, x, u)
@@ -134,7 +134,7 @@ def test_agrees_with_a_loop(layer, steps):
 def test_autodiff_of_the_truncated_forward_is_truncated_too():
     layer = jb.LSTM(2, 3, truncate=2)
     params, x, u = case(layer, 5)
-    auto = jax.grad(lambda p: jnp.sum(u * jb.forward(layer, p, x)[0]))(params)
+    auto = jax.jit(jax.grad(lambda p: jnp.sum(u * jb.forward(layer, p, x)[0])))(params)
     assert_close(swept(layer, params, x, u)[2], auto)
     whole = jb.LSTM(2, 3)
     np.testing.assert_array_equal(jb.forward(layer, params, x)[0], jb.forward(whole, params, x)[0])
@@ -183,7 +183,7 @@ def test_a_first_state_is_differentiated(reverse, truncate):
         y, (last_h, last_c) = jax.vmap(lambda x, s: plain(layer, params, x, s))(x, state)
         return jnp.sum(u * y) + jnp.sum(u_h * last_h) + jnp.sum(u_c * last_c)
 
-    grads, *back = jax.grad(cost, (0, 1, 2))(params, x, (h, c))
+    grads, *back = jax.jit(jax.grad(cost, (0, 1, 2)))(params, x, (h, c))
     (y, _), delta_x, found = swept(layer, params, (x, (h, c)), (u, (u_h, u_c)))
     assert y.shape == (2, 3, 3)
     assert_close(found, grads)
@@ -220,7 +220,7 @@ def test_transport_carries_the_deltas_through_time(kind):
         fed = params | {k: Fed(params[k], feedback[k]) for k in ("w_x", "w_h")}
         return jnp.sum(u * jax.vmap(lambda x: plain(layer, fed, x)[0])(x))
 
-    grads, true_delta_x = jax.grad(cost, (0, 1))(params, x)
+    grads, true_delta_x = jax.jit(jax.grad(cost, (0, 1)))(params, x)
     _, delta_x, found = swept(layer, params, x, u, transport=feedback)
     assert relative(delta_x, true_delta_x) <= 1e-12
     assert_close(found, grads)
@@ -286,7 +286,7 @@ def test_a_ready_lstm(options, shape):
 
     assert jb.forward(net, params, x)[0].shape == shape
     found = jb.value_and_grad(net, jb.SquaredError())(params, x, y)[1]
-    assert_close(found, jax.grad(cost)(params))
+    assert_close(found, jax.jit(jax.grad(cost))(params))
 
 
 def test_what_init_makes():
