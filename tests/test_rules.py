@@ -138,7 +138,7 @@ def test_compiled_as_for_users_it_is_the_same(case):
 
 
 @pytest.mark.oldest  # on the newest jb.per_example is asked, in test_per_example_rules.py
-@named([c for c in ALONE if not is_deep(c)])
+@named([c for c in CASES if not (c.net.couples_examples or is_deep(c))])
 def test_per_example_questions_are_those_of_vmap_grad(case):
     w = np.random.default_rng(0).standard_normal(case.batch)
 

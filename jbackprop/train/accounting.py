@@ -37,7 +37,6 @@ class Privacy(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-@functools.cache  # seconds each time
 def noise_multiplier(epsilon: float, delta: float, probability: float, steps: int) -> float:
     """The least by which so many steps give away no more than (epsilon, delta); at least 0.3.
 
