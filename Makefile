@@ -25,7 +25,7 @@ tests: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "not oldest"
 	XLA_FLAGS= $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup -m as_shipped
 
-# The oldest supported JAX: every rule in float64, capture, the calls, the checker and training.
+# The oldest supported JAX: every layer and loss in float64, capture, the calls, the checker and training.
 tests-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "not newest"
 

@@ -92,13 +92,13 @@ EQUIVALENT: dict[str, list[str]] = {
         "Patches.total: (:, 0) -> (:, 1)",
     ],
     "a and delta have the same positions": [
-        "Outer._own: self.a.shape[2] -> self.delta.shape[2]",
+        "Outer._by_gram: self.a.shape[2] -> self.delta.shape[2]",
     ],
     "where it is worth the care is a choice; on either side both are right": [
-        "Outer._own: 16 * self.a.shape[2] -> 15 * self.a.shape[2]",
-        "Outer._own: 1024 * jnp.finfo(products.dtype).eps -> 1023 * jnp.finfo(products.dtype).eps",
-        "Outer._own: products >= least -> products > least",
-        "Outer._own: products >= typical -> products > typical",
+        "Outer._by_gram: 16 * self.a.shape[2] -> 15 * self.a.shape[2]",
+        "Outer._by_gram: 1024 * jnp.finfo(products.dtype).eps -> 1023 * jnp.finfo(products.dtype).eps",
+        "Outer._by_gram: products >= least -> products > least",
+        "Outer._by_gram: products >= typical -> products > typical",
     ],
     "what holds NaN is NaN however it is found, at more cost": [
         "_unless: ~good & ~jnp.isnan(size) -> ~good",

@@ -59,7 +59,7 @@ RULES = {
     "sweep.py": "backward _layer_backward leafwise",
     "factored/*.py": "*.total *.each *.square_norm *.second_moment *.dot *.gram *.stacked *.restore"
     " *.project *.moments *.copies *.canonical *.join in_blocks in_shares scan_examples"
-    " over_examples *.of *._own *._summands *._sum *.same_form _* present weighted wide_dtype wide_square flat einsum"
+    " over_examples *.of *._by_gram *._summands *._sum *.same_form _* present weighted wide_dtype wide_square flat einsum"
     " depth_into_groups stacked_place",
     "factored/patches.py": "*.outputs *.spread_size *.correlate *.back *.turned *.kernel_gradient"
     " *.patches *.outer",

@@ -38,7 +38,7 @@ def assert_exact(cost, params, *batch, captured=None, tolerance=1e-12):
 
     @jax.jit
     def both(params, batch):
-        due = jax.jit(jax.vmap(jax.value_and_grad(cost), axes))(params, *batch)
+        due = jax.vmap(jax.value_and_grad(cost), axes)(params, *batch)
         costs, factored = (captured or jb.capture(cost))(params, *batch)
         seen.append(factored)
         answers = pe.gradients(factored), pe.norms(factored)
@@ -479,7 +479,7 @@ def test_under_every_transformation():
     np.testing.assert_allclose(slope, alone, rtol=1e-12)
 
     def by_hand(w):
-        each = jax.jit(jax.vmap(jax.grad(functools.partial(cost, 1.0)), (None, 0)))(w, x[0])
+        each = jax.vmap(jax.grad(functools.partial(cost, 1.0)), (None, 0))(w, x[0])
         return jnp.sum(jnp.square(each), axis=(1, 2, 3))
 
     due = jax.jit(jax.jacrev(by_hand))(w)

@@ -363,7 +363,8 @@ def test_a_square_norm_takes_as_much_care_as_it_needs(monkeypatch):
     place = jb.Place((16, 16), jnp.dtype("float32"))
     pair = jb.Outer(jnp.asarray(a), jnp.asarray(d), place)
     exact = np.sum(np.einsum("ngti,ngto->nio", a.astype(float), d.astype(float)) ** 2, (1, 2))
-    assert relative(pair.square_norm("gram"), exact) < 3e-6
+    assert relative(pair.square_norm("gram")[:7], exact[:7]) < 3e-7
+    assert relative(pair.square_norm("gram")[7], exact[7]) < 3e-6
     nothing = jnp.full(len(mean), jnp.nan, "float32")
     monkeypatch.setattr(jb.Outer, "_written_out", lambda _: nothing)
     assert list(np.flatnonzero(np.isnan(pair.square_norm("gram")))) == [7]

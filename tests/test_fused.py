@@ -101,11 +101,13 @@ def test_on_net_inputs_it_is_the_plain_loss(i):
         truth = plain_costs(z, Y, **theirs)
         delta = jax.grad(lambda z: jnp.sum(plain_costs(z, Y, **theirs)))(z)
         mean = jax.nn.softmax(cap * jnp.tanh(z / cap) if cap else z, axis=-1)
-        found = loss.value(z, Y), loss.delta(z, Y), *loss.value_and_delta(z, Y), loss.predict(z)
-        return found, (truth, delta, truth, delta, mean)
+        found = loss.value(z, Y), loss.delta(z, Y), *loss.value_and_delta(z, Y)
+        return found, (truth, delta, truth, delta), loss.predict(z), mean
 
-    for found, due in zip(*of(normal(6, 3, V)), strict=True):
+    costs_and_deltas, dues, predicted, mean = of(normal(6, 3, V))
+    for found, due in zip(costs_and_deltas, dues, strict=True):
         assert relative(found, due) < 1e-13
+    assert relative(predicted, mean) < 1e-14
 
 
 @pytest.mark.parametrize(

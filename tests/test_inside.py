@@ -103,8 +103,7 @@ def test_what_is_drawn_is_checked(kind):
     assert checked(wrong).ok
     report = checked(wrong, key=key)
     assert "layers[1], BadDropout" in report.why, report
-    if kind:
-        assert checked(net, key=key, dtype="float32").ok
+    assert checked(net, key=key, dtype="float32").ok
 
 
 def test_as_function_takes_a_key():

@@ -1,4 +1,4 @@
-"""Networks that nobody thought of: depth 1 to 8, widths 1 to 64, every activation and loss.
+"""Networks that nobody thought of: depth 1 to 60, widths 1 to 64, every activation and loss.
 
 The truth is autodiff: numbers confirm it for each layer, in test_rules.py.
 """
@@ -77,6 +77,14 @@ def test_float64(problem):
     for leaf in verdict.failures:  # units all saturated: true gradients and ours are zero
         assert problem.scale == 1e4, f"{problem}\n{verdict}"
         assert leaf.figures.error == 0, f"{problem}\n{verdict}"
+
+
+def test_sixty_layers():
+    """Few different ones, so that they compile in a bearable time."""
+    widths, activations = [5, 17, 2] * 20, ([jb.Elu(), jb.Softsign(), jb.Gelu()] * 20)[:59]
+    problem = Problem(jb.mlp([*widths, 3], activations), 3, 9, seed=1, scale=2.0)
+    verdict = jb.check.network(*problem.build(), truth="autodiff")
+    assert verdict.ok, f"{problem}\n{verdict}"
 
 
 @given(problems(), st.sampled_from(["float32", "bfloat16", "float16"]))

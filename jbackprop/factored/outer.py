@@ -78,7 +78,7 @@ class Outer(Factored):
         delta = jnp.moveaxis(delta.reshape(*delta.shape[:3], chunks, width), 3, 0)
         return jnp.sum(lax.map(squares, delta), axis=0)
 
-    def _own(self, entries: int) -> Array:
+    def _by_gram(self, entries: int) -> Array:
         """|g_n|^2 from Gram matrices over the positions, as carefully as it takes.
 
         Where positions cancel, the entries of the Gram matrices are much larger than their sum,
@@ -176,7 +176,7 @@ class Outer(Factored):
             return jnp.zeros(self.size, wide_dtype(jnp.result_type(self.a, self.delta)))
         entries = 0 if t == s == 1 else 2 * self.a.shape[1] * t * s
         if other is self and t > 1:
-            return self._own(entries)
+            return self._by_gram(entries)
         return in_blocks(lambda pairs: _inner(*pairs), (self, other), self.size, entries)
 
     def gram(self, other: Factored, method: Method = "auto") -> Array:
