@@ -38,6 +38,10 @@ class Loss(abc.ABC):
     one convention: the cost of an example *sums* over the last axis (outputs, classes) and is the
     *mean* over the axes between the batch and the last (positions), of which there often are none.
 
+    For `jbackprop.curvature` give the second derivative as well, H_n = d^2 C_n / dz_n^2: a product
+    with it and a root of it. No two positions of an example meet in a cost, so that H_n has a block
+    (q, q) for each of them, and that is how products and roots are to be understood.
+
     Attributes:
         fuses: whether it can do without the net inputs: `head` then takes the inputs of the
             network's last linear map; see `FusedSoftmaxCrossEntropy`.
@@ -60,6 +64,43 @@ class Loss(abc.ABC):
     def predict(self, z: Array) -> Array:
         """What the user calls the output, from net outputs z; z itself unless overridden."""
         return z
+
+    def hessian_product(self, z: Array, y: Any, v: Array) -> Array:
+        """H_n v_n, unscaled like `delta`: v (B, ..., q) -> (B, ..., q), in z's dtype."""
+        raise NotImplementedError(self._no_root("hessian_product"))
+
+    def hessian_root(self, z: Array, y: Any) -> Array:
+        """S (r, B, ..., q) in z's dtype: at every position sum_r S_r (outer) S_r is its block of H.
+
+        Only a positive semi-definite H has one.
+        """
+        raise NotImplementedError(self._no_root("hessian_root"))
+
+    def sampled_root(self, key: Array, z: Array, y: Any) -> Array:
+        """A random S (B, ..., q) whose S (outer) S, all positions together, is H_n on average.
+
+        By default the columns of `hessian_root` with random signs, e_r = +1 or -1 anew at each
+        position: the mean of e_r e_s is 0 unless r = s, and that of S S^T is sum_r S_r S_r^T.
+
+        Source: Hutchinson, A stochastic estimator of the trace of the influence matrix (1989).
+        """
+        root = self.hessian_root(z, y)
+        signs = jax.random.rademacher(key, (*root.shape[:-1], 1), dtype=root.dtype)
+        return jnp.sum(signs * root, axis=0)
+
+    def sample(self, key: Array, z: Array) -> Any:
+        """Targets y drawn from the distribution over them that net outputs z stand for."""
+        raise NotImplementedError(
+            f"{self} is no negative log likelihood of a distribution that targets could be drawn "
+            "from, so that it has no Fisher matrix: use the Gauss-Newton matrix (ggn), or a loss "
+            "such as SoftmaxCrossEntropy or SquaredError"
+        )
+
+    def _no_root(self, what: str) -> str:
+        return (
+            f"{self} gives no {what}, which this needs: the second derivative of its cost with "
+            f"respect to z. Give {type(self).__name__} a method {what}; see jbackprop.Loss"
+        )
 
     def head(self, h: Array, w: Array, b: Array | None, y: Any, weights: Array) -> Head:
         """Costs and gradients from the inputs of the last linear map; for those that `fuses`."""
@@ -92,6 +133,17 @@ def mean_over_positions(cost: Array) -> Array:
     """(B, ...) -> (B,); 0 where an example has no positions."""
     axes = tuple(range(1, cost.ndim))
     return jnp.sum(cost, axis=axes) / max(math.prod(cost.shape[1:]), 1) if axes else cost
+
+
+def columns_of_diagonal(d: Array) -> Array:
+    """The columns of diag(d) at every position: (B, ..., q) -> (q, B, ..., q)."""
+    return unit_vectors(d) * d[None]
+
+
+def unit_vectors(z: Array) -> Array:
+    """e_c for every position of z (B, ..., q): (q, 1, ..., q)."""
+    q = z.shape[-1]
+    return jnp.eye(q, dtype=z.dtype).reshape((q,) + (1,) * (z.ndim - 1) + (q,))
 
 
 def check_same_shape(loss: Loss, z_shape: tuple[int, ...], y: Any) -> None:

@@ -47,6 +47,11 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
     All else (`backprop`, `predict`, pairs and norms of single examples, metrics on outputs) takes
     the plain way with all net inputs: the delta of the last layer is (B, ..., V) by its nature.
 
+    The Hessian that products and roots are made of is, with a cap, its Gauss-Newton part: the cap
+    counts as the network's last layer, so that with the slope s = dz'/dz it is diag(s) H' diag(s)
+    with H' as in `SoftmaxCrossEntropy`, at z'; the term with the cap's second derivative is left
+    out.
+
     Net inputs are computed in float32 at least, also where the parameters are narrower.
 
     Source: the canonical delta as in `SoftmaxCrossEntropy`. The cap: Gemma Team, Gemma 2: Improving
@@ -104,6 +109,21 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
 
     def predict(self, z: Array) -> Array:
         return super().predict(self._capped(z)).astype(z.dtype)
+
+    def hessian_product(self, z: Array, y: Any, v: Array) -> Array:
+        capped = self._capped(z)
+        slope = self._slope(capped)
+        tangent = slope * v.astype(capped.dtype)
+        return (slope * super().hessian_product(capped, y, tangent)).astype(z.dtype)
+
+    def hessian_root(self, z: Array, y: Any) -> Array:
+        capped = self._capped(z)
+        slope = jnp.broadcast_to(self._slope(capped), capped.shape)[None]
+        return (slope * super().hessian_root(capped, y)).astype(z.dtype)
+
+    def sampled_root(self, key: Array, z: Array, y: Any) -> Array:
+        capped = self._capped(z)
+        return (self._slope(capped) * super().sampled_root(key, capped, y)).astype(z.dtype)
 
     def check(self, z_shape: tuple[int, ...], y: Any) -> None:
         if not jnp.issubdtype(jnp.result_type(y), jnp.integer) and jnp.shape(y) == z_shape:

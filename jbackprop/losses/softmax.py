@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jbackprop.losses.base import check_range, is_concrete
+from jbackprop.losses.base import check_range, is_concrete, unit_vectors
 from jbackprop.losses.canonical import Canonical
 
 
@@ -31,6 +31,14 @@ class SoftmaxCrossEntropy(Canonical):
     The categorical distribution with A(z) = logsumexp(z), whose gradient is softmax(z). With the
     target weights t of total mass m = sum_c t_c (1 unless there are class weights), C =
     m logsumexp(z) - t . z, so that the delta is m softmax(z) - t: for plain labels, o - y.
+
+    With p = softmax(z), dp_c/dz_j = p_c ([c = j] - p_j): the Hessian is m (diag(p) - p p^T), and
+    its product with v is m p * (v - p . v). It is m times the covariance of one-hot rows e_c drawn
+    with the probabilities p_c, sum_c p_c (e_c - p) (outer) (e_c - p), so that its root has columns
+
+        S_c = sqrt(m p_c) (e_c - p)
+
+    one for each class; and sqrt(m) (p - e_c) for a c that is drawn is a root on average.
 
     Targets: t = w * ((1 - s) y + s / q), with class weights w and label smoothing s (Szegedy et
     al., Rethinking the Inception architecture, 2016, section 7) over q classes.
@@ -88,6 +96,26 @@ class SoftmaxCrossEntropy(Canonical):
 
     def mean(self, z: Array) -> Array:
         return jax.nn.softmax(z, axis=-1)
+
+    def variance_product(self, z: Array, v: Array) -> Array:
+        p = self.mean(z)
+        return p * (v - jnp.sum(p * v, axis=-1, keepdims=True))
+
+    def variance_root(self, z: Array) -> Array:
+        p = self.mean(z)
+        roots = jnp.moveaxis(jnp.sqrt(p), -1, 0)[..., None]
+        return roots * (unit_vectors(z) - p[None])
+
+    def sample(self, key: Array, z: Array) -> Array:
+        """One-hot rows (B, ..., q) of drawn classes."""
+        labels = jax.random.categorical(key, z, axis=-1)
+        return jax.nn.one_hot(labels, z.shape[-1], dtype=z.dtype)
+
+    def _counted(self, values: Array, z: Array, y: Any, root: bool) -> Array:
+        mass = self.targets(z, y).mass[..., None]
+        count = super()._counted(jnp.sqrt(mass) if root else mass, z, y, root)
+        count = count.reshape((1,) * (values.ndim - z.ndim) + count.shape)
+        return jnp.where(count == 0, 0, count * values)
 
     def error(self, z: Array, y: _Targets) -> Array:
         mass = y.mass[..., None]
