@@ -35,6 +35,7 @@ def pair_of(
     path: str,
     n: int,
     inside: int = 0,
+    turning: bool = True,
 ) -> Factored:
     """The factored gradient of one parameter from all its uses.
 
@@ -46,13 +47,14 @@ def pair_of(
         path: its name.
         n: B.
         inside: so many of the levels are left out: it is about one turn of those scans.
+        turning: whether the two of a pair may change places, to be of one form with another.
     """
     if not found:
         return Nothing(jnp.zeros((n, 0)), Place(tuple(like.shape), like.dtype, path))
     depth = _stacked(found) - inside
     every = zip(found, made, strict=True)
     pairs = [_one(use, *own, like, path, inside, depth) for use, own in every]
-    parts = _side_by_side(found, pairs)
+    parts = _side_by_side(found, pairs, turning)
     home = home_of(found, like, path, inside)
     return parts[0] if len(parts) == 1 else Sum(tuple(parts), home)
 
@@ -75,12 +77,14 @@ def _stacked(found: Sequence[Use]) -> int:
     return depth
 
 
-def _side_by_side(found: Sequence[Use], pairs: Sequence[Factored]) -> list[Factored]:
+def _side_by_side(
+    found: Sequence[Use], pairs: Sequence[Factored], turning: bool
+) -> list[Factored]:
     """Pairs of the same form as one, with their positions side by side."""
     parts: list[tuple[Use, Factored]] = []
     for use, pair in zip(found, pairs, strict=True):
         for k, (other, there) in enumerate(parts):
-            both = _joined(other, there, use, pair)
+            both = _joined(other, there, use, pair, turning)
             if both is not None:
                 parts[k] = (other, both)
                 break
@@ -89,8 +93,10 @@ def _side_by_side(found: Sequence[Use], pairs: Sequence[Factored]) -> list[Facto
     return [pair for _, pair in parts]
 
 
-def _joined(use: Use, one: Factored, other: Use, two: Factored) -> Factored | None:
-    if isinstance(one, Outer) and isinstance(two, Outer) and one.place != two.place:
+def _joined(
+    use: Use, one: Factored, other: Use, two: Factored, turning: bool
+) -> Factored | None:
+    if turning and isinstance(one, Outer) and isinstance(two, Outer) and one.place != two.place:
         # W here, its transpose there: a (outer) delta = (delta (outer) a)^T.
         (b, i, o), turned = use.order, other.order
         if turned != (b, o, i) or _way(use) != _way(other):

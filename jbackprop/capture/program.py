@@ -46,9 +46,13 @@ class Program:
 
 
 def traced(
-    cost: Callable[..., Any], has_aux: bool, params: PyTree, batch: Sequence[Any]
+    cost: Callable[..., Any],
+    has_aux: bool,
+    params: PyTree,
+    batch: Sequence[Any],
+    outputs: bool = False,
 ) -> Program:
-    """Trace the cost of one example, and plan it.
+    """Trace the cost of one example, and plan it; or, with `outputs`, a model's output array.
 
     Raises:
         TypeError, ValueError: as `capture`.
@@ -67,7 +71,7 @@ def traced(
         value, aux = _parted(found, has_aux)
         leaves, aux_tree = jax.tree.flatten(aux)
         aux_trees.append(aux_tree)
-        return [_scalar(value), *leaves]
+        return [_array(value) if outputs else _scalar(value), *leaves]
 
     one = [_like(v, 1) for v in moving]
     try:
@@ -150,6 +154,16 @@ def _parted(found: Any, has_aux: bool) -> tuple[Any, Any]:
     if not isinstance(found, tuple) or len(found) != 2:
         raise TypeError("with has_aux, cost must give (cost, aux), a pair")
     return found
+
+
+def _array(value: Any) -> Array:
+    if hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating):
+        return jnp.asarray(value)
+    what = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else type(value).__name__
+    raise TypeError(
+        "a model must give one array of floating-point numbers for one example, the loss's input "
+        f"z, not {what}"
+    )
 
 
 def _scalar(value: Any) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jbackprop.capture.contraction import (
 from jbackprop.capture.pairs import pair_of
 from jbackprop.capture.program import Program
 from jbackprop.capture.run import Run, Sinks, evaluate
-from jbackprop.factored import PyTree
+from jbackprop.factored import Factored, PyTree
 
 
 def run(program: Program, collect: Collect | None = None, aux: PyTree = None) -> tuple[Any, ...]:
@@ -75,3 +76,47 @@ def run(program: Program, collect: Collect | None = None, aux: PyTree = None) ->
             pair = jax.lax.optimization_barrier(pair)
         results.append(pair if collect is None else by_copy(collect, pair, *own[k]))
     return costs, jax.tree.unflatten(program.aux, more), results
+
+
+def run_several(
+    program: Program,
+    deltas: Callable[..., Array],
+    own: PyTree,
+    ask: Callable[[list[Factored]], PyTree],
+    axis_name: str,
+) -> PyTree:
+    """What `ask` gives of the pairs of several deltas of a model's outputs.
+
+    Args:
+        program: of a model's outputs, traced and planned.
+        deltas: (z, its part of own) -> deltas (v, *z.shape) of one example's output z.
+        own: arrays (B, ...) that go with the examples.
+        ask: from the pairs, one for each parameter, of one delta under a `jax.vmap` over all of
+            them, whose axis has the name `axis_name`; what it gives must not vary along that.
+    """
+    leaves, every = program.params, range(len(program.params))
+    shared = sharing(program.plan.uses)
+
+    def example(moving: list[Array], tag: Array, own: Any) -> Any:
+        def forward(kept: Any) -> Any:
+            values = [*leaves, *moving]
+            results, seen = evaluate(program.plan, values, Sinks(kept, {}, {}), Run({}, tag))
+            return results[0], seen
+
+        z, back, seen = jax.vjp(forward, zeros_of(program.plan.uses, shared), has_aux=True)
+        return jax.vmap(lambda delta: back(delta)[0])(deltas(z, own)), seen
+
+    made, seen = jax.vmap(example, out_axes=(1, 0))(program.batch, jnp.zeros(program.n), own)
+    again = {key: v[0] for key, v in made.items() if key[1]}  # what was looked at varies with none
+
+    def of(made: Any) -> Any:
+        pairs = []
+        for k in every:
+            found = program.of(k)
+            own_halves = halves(found, shared, made | again, seen)
+            at = (leaves[k], program.paths[k], program.n)
+            pairs.append(pair_of(found, own_halves, *at, turning=False))
+        return ask(pairs)
+
+    made = {key: v for key, v in made.items() if not key[1]}
+    return jax.vmap(of, axis_name=axis_name, out_axes=None)(made)

@@ -85,15 +85,26 @@ def after(x: Any, delta: Any) -> tuple[Any, Any]:
 
     Without the barrier the compiler would find that it has all that is to be done again already,
     and keep it. On the CPU it drops barriers before it schedules, and might then do the work again
-    early: so x is made to depend on delta, in a way that is always true and never known to be.
+    early: so x is made to depend on delta, in a way that is always true and never known to be. Where
+    several deltas are swept at once (under `jax.vmap`), on the first: the work is done once for all.
     """
     x, delta = lax.optimization_barrier((x, delta))
     first = [d for d in jax.tree.leaves(delta) if d.size]
     if not first:
         return x, delta
-    bits = lax.bitcast_convert_type(first[0].reshape(-1)[0], f"int{8 * first[0].dtype.itemsize}")
-    there = (bits | 1) != 0
+    there = _always(lax.stop_gradient(first[0].reshape(-1)[0]))
     return jax.tree.map(lambda v: jnp.where(there, v, jnp.zeros_like(v)), x), delta
+
+
+@jax.custom_batching.custom_vmap
+def _always(number: Array) -> Array:
+    """True, once the number is known."""
+    return (lax.bitcast_convert_type(number, f"int{8 * number.dtype.itemsize}") | 1) != 0
+
+
+@_always.def_vmap
+def _of_the_first(size: int, batched: Any, numbers: Array) -> tuple[Array, bool]:
+    return _always(numbers[0]), False
 
 
 class _Open(Checkpoint):

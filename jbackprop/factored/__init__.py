@@ -9,6 +9,8 @@ from jbackprop.factored.base import Moments as Moments
 from jbackprop.factored.base import Place as Place
 from jbackprop.factored.base import PyTree as PyTree
 from jbackprop.factored.base import Step as Step
+from jbackprop.factored.base import einsum as einsum
+from jbackprop.factored.base import in_blocks as in_blocks
 from jbackprop.factored.base import in_shares as in_shares
 from jbackprop.factored.base import is_factored as is_factored
 from jbackprop.factored.base import place_in as place_in
@@ -16,6 +18,7 @@ from jbackprop.factored.base import present as present
 from jbackprop.factored.base import scan_examples as scan_examples
 from jbackprop.factored.base import weighted as weighted
 from jbackprop.factored.base import wide_dtype as wide_dtype
+from jbackprop.factored.base import wide_square as wide_square
 from jbackprop.factored.lookup import Lookup as Lookup
 from jbackprop.factored.other import Coupled as Coupled
 from jbackprop.factored.other import Full as Full

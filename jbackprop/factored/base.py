@@ -32,7 +32,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -149,9 +149,12 @@ class Factored(abc.ABC):
 
     Attributes:
         place: which parameter, and how its entries lie in the canonical form.
+        deltas: which of its arrays are linear in the delta of the output; the others do not depend
+            on it.
     """
 
     place: Place | None
+    deltas: ClassVar[tuple[str, ...]] = ("delta",)
 
     @property
     def home(self) -> Place:
@@ -194,6 +197,11 @@ class Factored(abc.ABC):
 
     def check_fits(self, place: Place) -> None:  # noqa: B027, not every kind can tell
         """Raise where entries would be put back in another order than they came."""
+
+    def with_deltas(self, f: Callable[[Array], Array]) -> Factored:
+        """The same, where f has changed what is linear in the delta of the output."""
+        changed = {name: f(getattr(self, name)) for name in self.deltas}
+        return dataclasses.replace(self, **changed)  # type: ignore[type-var]
 
     def copies(self) -> Factored:
         """The inverse of `stacked`: the outermost axis of copies in front of B, for `jax.vmap`."""

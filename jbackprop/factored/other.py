@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,9 @@ class Sum(Factored):
 
     parts: tuple[Factored, ...]
     place: Place | None = None
+
+    def with_deltas(self, f: Callable[[Array], Array]) -> Sum:
+        return dataclasses.replace(self, parts=tuple(part.with_deltas(f) for part in self.parts))
 
     def at(self, place: Place) -> Sum:
         return Sum(tuple(part.at(place) for part in self.parts), place)
@@ -90,6 +94,7 @@ class Full(Factored):
     g: Array
     why: str
     place: Place | None = None
+    deltas: ClassVar[tuple[str, ...]] = ("g",)
 
     def ranks(self, place: Place) -> dict[str, int]:
         return {"g": 1 + len(place.stack) + len(place.shape)}
@@ -124,6 +129,7 @@ class Nothing(Factored):
 
     none: Array
     place: Place | None = None
+    deltas: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def like(cls, pair: Factored) -> Nothing:
@@ -180,6 +186,7 @@ class Coupled(Factored):
     pair: Factored
     why: str
     place: Place | None = None
+    deltas: ClassVar[tuple[str, ...]] = ()
 
     def stacked(self) -> Coupled:
         depth = jax.tree.leaves(self.pair)[0].shape[0]

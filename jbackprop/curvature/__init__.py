@@ -1,0 +1,11 @@
+"""Second derivatives of the mean cost: products, diagonals, Kronecker factors, spectra."""
+
+from jbackprop.curvature.diagonals import diag_fisher as diag_fisher
+from jbackprop.curvature.diagonals import diag_ggn as diag_ggn
+from jbackprop.curvature.roots import Empirical as Empirical
+from jbackprop.curvature.roots import Exact as Exact
+from jbackprop.curvature.roots import MonteCarlo as MonteCarlo
+from jbackprop.curvature.roots import Roots as Roots
+from jbackprop.curvature.products import fisher_product as fisher_product
+from jbackprop.curvature.products import ggn_product as ggn_product
+from jbackprop.curvature.products import hessian_product as hessian_product

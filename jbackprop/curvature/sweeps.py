@@ -1,0 +1,284 @@
+"""Several output deltas swept back over one trace, and what is made of their pairs on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jbackprop.capture.program import Program, traced
+from jbackprop.capture.sweep import run_several
+from jbackprop.curvature.roots import Columns, Roots
+from jbackprop.factored import (
+    Factored,
+    Outer,
+    Patches,
+    Place,
+    PyTree,
+    in_blocks,
+    is_factored,
+)
+from jbackprop.gradient import check_call, refuse_coupling
+from jbackprop.losses import Loss
+from jbackprop.structure import walk
+from jbackprop.sweep import Node, Trace, backward, batch_size, forward, keep
+
+_T = TypeVar("_T")
+DELTAS = "deltas"
+"""The name of the axis of the deltas S_v, of which each pair is asked under a `jax.vmap`."""
+AT_ONCE = 1 << 22
+"""Numbers of the widest layer's deltas that are swept at once, about."""
+
+Model = Node | Callable[[PyTree, Any], Array]
+"""A network of ours, or any function (params, one example's x) -> that example's outputs z."""
+Ask = Callable[[Sequence[Factored], Sequence[Any]], Sequence[PyTree]]
+"""From the pairs of one layer (of one copy of it) and their parts of `aux`, to what is kept for each
+of its parameters. It is called under the vmap over the deltas, and must sum over them."""
+
+
+class Group(NamedTuple):
+    """A layer: its name, and its parameters' numbers."""
+
+    name: str
+    leaves: tuple[int, ...]
+
+
+def check_model(
+    net: Any, loss: Any, params: Any, x: Any, y: Any, key: Any = None, draws: bool = False
+) -> None:
+    """Raise where the arguments cannot belong together."""
+    if callable(net) and not isinstance(net, Node | type):
+        check_call(_Function(), loss, params, x, y)
+    else:
+        check_call(net, loss, params, x, y)
+    if draws and key is None:
+        raise ValueError("random numbers are needed: give key=jax.random.key(...)")
+    if batch_size(x) == 0:
+        raise ValueError("the batch is empty: the curvature of its mean cost is not defined")
+    z = jax.eval_shape(lambda params, x: outputs_of(net, params, x), params, x)
+    if not (hasattr(z, "shape") and jnp.issubdtype(z.dtype, jnp.floating)):
+        raise TypeError(f"net must give one floating-point array of outputs, not {z}")
+    loss.check(z.shape, y)
+
+
+def check_number(name: str, value: Any, optional: bool = False) -> None:
+    """Raise unless it is an int of at least 1 (or None)."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
+        raise ValueError(f"{name} must be an int of at least 1, not {value!r}")
+
+
+class _Function(Node):
+    """In the place of a network that is a function."""
+
+    def init(self, key: Array) -> PyTree:
+        return ()
+
+
+def outputs_of(net: Model, params: PyTree, x: Any, key: Array | None = None) -> Array:
+    """z (B, ..., q)."""
+    if isinstance(net, Node):
+        return forward(net, params, x, key)[0]  # type: ignore[no-any-return]
+    return jax.vmap(net, in_axes=(None, 0))(params, x)
+
+
+def two_keys(net: Model, key: Array | None) -> tuple[Array | None, Array | None]:
+    """One for the layers that draw, and one for the targets."""
+    if key is None or not (isinstance(net, Node) and net.draws):
+        return None, key
+    own, drawn = jax.random.split(key)
+    return own, drawn
+
+
+def over_deltas(
+    net: Model,
+    loss: Loss,
+    roots: Roots,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    key: Array | None,
+    ask: Ask,
+    aux: PyTree = None,
+    chunk: int | None = None,
+) -> PyTree:
+    """What `ask` gives of every layer's pairs, summed over the deltas of the outputs.
+
+    Args:
+        net, loss, roots, params, x, y, key: as in `jbackprop.curvature`.
+        ask: what is made of the pairs; see `Ask`.
+        aux: a tree like params whose leaves are trees of arrays, routed to `ask`; where copies of a
+            layer are scanned, with axes for them in front.
+        chunk: so many deltas at a time; by default as many as a cache can hold some of.
+
+    Returns:
+        A tree like params of what `ask` gave; of scanned copies, stacked in front.
+    """
+    own_key, drawn = two_keys(net, key)
+    if isinstance(net, Node):
+        refuse_coupling(net, "its curvature, parameter by parameter,")
+        z, saved = forward(net, params, x, own_key)
+        trace, columns = net.trace(x, z, saved), roots.columns(loss, z, y, drawn)
+
+        def some(at: Array) -> PyTree:
+            return _of_network(net, params, trace, _there(columns, at, number), ask, aux)
+    else:
+        z = jax.eval_shape(lambda params, x: outputs_of(net, params, x), params, x)
+        program = traced(net, False, params, (x,), outputs=True)
+
+        def some(at: Array) -> PyTree:
+            def of_example(z: Array, own: Any) -> Array:
+                y, n = own
+                once = None if drawn is None else jax.random.fold_in(drawn, n)
+                one = jax.tree.map(lambda v: v[None], (z, y))
+                return _there(roots.columns(loss, *one, once), at, number)[:, 0]
+
+            own = (jax.tree.map(jnp.asarray, y), jnp.arange(program.n))
+            return _of_program(program, of_example, own, ask, aux)
+
+    number = roots.number(z.shape)
+    if chunk is None:
+        chunk = max(1, AT_ONCE // max(1, widest(net, params, x)))
+    blocks = -(-number // chunk)
+    if blocks == 1:
+        return some(jnp.arange(number))
+    chunk = -(-number // blocks)
+    starts = jnp.arange(blocks) * chunk
+    nothing = jax.tree.map(
+        lambda v: jnp.zeros(v.shape, v.dtype), jax.eval_shape(some, jnp.arange(chunk))
+    )
+
+    def step(so_far: PyTree, start: Array) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, so_far, some(start + jnp.arange(chunk))), None
+
+    return lax.scan(step, nothing, starts)[0]
+
+
+def _there(columns: Columns, at: Array, number: int) -> Array:
+    """The deltas of these numbers; 0 beyond the last, which fills the last block up."""
+    found = columns(jnp.minimum(at, number - 1))
+    inside = (at < number).reshape(-1, *(1,) * (found.ndim - 1))
+    return jnp.where(inside, found, jnp.zeros((), found.dtype))
+
+
+def _of_network(
+    net: Node, params: PyTree, trace: Trace, deltas: Array, ask: Ask, aux: PyTree
+) -> PyTree:
+    def collect(factored: PyTree, delta: Any, own: PyTree) -> PyTree:
+        pairs, tree = jax.tree.flatten(factored, is_leaf=is_factored)
+        owns = [None] * len(pairs) if own is None else tree.flatten_up_to(own)
+        return tree.unflatten(ask(pairs, owns))
+
+    def one(delta: Array) -> PyTree:
+        return backward(net, params, trace, delta, collect, None, aux)[1]
+
+    return jax.vmap(one, axis_name=DELTAS, out_axes=None)(deltas)
+
+
+def _of_program(
+    program: Program, columns: Callable[..., Array], own: Any, ask: Ask, aux: PyTree
+) -> PyTree:
+    owns = [None] * len(program.params) if aux is None else program.tree.flatten_up_to(aux)
+
+    def every(pairs: list[Factored]) -> list[PyTree]:
+        found: list[PyTree] = [None] * len(pairs)
+        for group in _siblings(program.tree, pairs):
+            some = by_copy([pairs[k] for k in group.leaves], [owns[k] for k in group.leaves])
+            for k, v in zip(group.leaves, some, strict=True):
+                found[k] = v
+        return found
+
+    def by_copy(pairs: Sequence[Factored], owns: Sequence[Any]) -> Sequence[PyTree]:
+        if pairs[0].home.stack:
+            return jax.vmap(by_copy)([pair.copies() for pair in pairs], owns)
+        return ask(pairs, owns)
+
+    found = run_several(program, columns, own, every, DELTAS)
+    return program.tree.unflatten(found)
+
+
+def _siblings(tree: Any, pairs: Sequence[Factored]) -> list[Group]:
+    """Parameters side by side that are stacked alike."""
+    paths = jax.tree_util.tree_flatten_with_path(tree.unflatten(range(tree.num_leaves)))[0]
+    found: dict[Any, list[int]] = {}
+    for (path, k), pair in zip(paths, pairs, strict=True):
+        name = "params" + jax.tree_util.keystr(path[:-1])
+        found.setdefault((name, pair.home.stack), []).append(k)
+    return [Group(name, tuple(leaves)) for (name, _), leaves in found.items()]
+
+
+def widest(net: Model, params: PyTree, x: Any) -> int:
+    """How many numbers the deltas of one layer have, at most; of a function, of all of them."""
+    sizes = []
+    for pair in pairs_of(net, params, x):
+        own: list[int] = [0]
+        pair.with_deltas(lambda v: own.append(v.size) or v)
+        copies = math.prod(pair.home.stack) if isinstance(net, Node) else 1
+        sizes.append(sum(own) // max(copies, 1))
+    return max(sizes, default=1) if isinstance(net, Node) else sum(sizes)
+
+
+def pairs_of(net: Model, params: PyTree, x: Any) -> list[Factored]:
+    """The pairs of a mini-batch, shapes alone, copies in their stacks."""
+    if not isinstance(net, Node):
+        return _pairs_of_program(traced(net, False, params, (x,), outputs=True))
+
+    def swept(params: PyTree, x: Any) -> PyTree:
+        z, saved = forward(net, params, x)
+        return backward(net, params, net.trace(x, z, saved), jnp.zeros_like(z), keep)[1]
+
+    return jax.tree.leaves(jax.eval_shape(swept, params, x), is_leaf=is_factored)
+
+
+def _pairs_of_program(program: Program) -> list[Factored]:
+    def whole(pairs: list[Factored]) -> list[Factored]:
+        return [pair.with_deltas(lambda delta: lax.psum(delta, DELTAS)) for pair in pairs]
+
+    def one(z: Array, own: Any) -> Array:
+        return jnp.zeros((1, *z.shape), z.dtype)
+
+    return jax.eval_shape(lambda: run_several(program, one, (), whole, DELTAS))  # type: ignore[no-any-return]
+
+
+def layers_of(net: Model, params: PyTree, pairs: Sequence[Factored]) -> list[Group]:
+    """The layers of a model, with their parameters' numbers."""
+    tree = jax.tree.structure(params)
+    if not isinstance(net, Node):
+        return _siblings(tree, pairs)
+    parts = walk(net, tree.unflatten(range(tree.num_leaves)))
+    found = [Group(path, tuple(jax.tree.leaves(part))) for path, _, part in parts]
+    return [group for group in found if group.leaves]
+
+
+def by_blocks(pair: Outer | Patches, f: Callable[[Array, Array], _T], entries: int) -> _T:
+    """The sum of f(a, S) over some examples at a time, asked under the vmap over deltas.
+
+    Args:
+        pair: of a matrix, or of a kernel, which is one over its patches.
+        f: from a (b, G, T, i) and all the deltas S (b, v, G, T, o) to arrays.
+        entries: so many numbers f writes out for an example.
+    """
+    deltas = jnp.moveaxis(lax.all_gather(pair.delta, DELTAS), 0, 1)
+
+    def some(part: tuple[Array, Array]) -> _T:
+        a, deltas = part
+        if isinstance(pair, Outer):
+            return f(a, deltas)
+        one = dataclasses.replace(pair, a=a, delta=deltas[:, 0])
+        each = jax.vmap(lambda d: dataclasses.replace(one, delta=d).outer().delta, 1, 1)
+        return f(one.outer().a, each(deltas))
+
+    kernels = pair.entries if isinstance(pair, Patches) else 0
+    return in_blocks(some, (pair.a, deltas), pair.size, entries + kernels, summed=True)
+
+
+def canonical_home(pair: Outer | Patches) -> Place:
+    """The way from the parameter to (G, i, o); of a kernel, (G, patch, o)."""
+    return pair.home if isinstance(pair, Outer) else pair.outer().home
