@@ -27,10 +27,12 @@ from jbackprop.factored import (
     Lookup,
     Outer,
     Patches,
+    Place,
     PyTree,
     Scale,
     Shift,
     einsum,
+    wide_dtype,
     wide_square,
 )
 from jbackprop.losses import Loss
@@ -170,12 +172,43 @@ def _rooted(pair: Factored) -> Factored | None:
 
 def _written_out(pair: Outer | Patches) -> Array:
     """sum_nv (sum_t a_nt (outer) S_nvt)^2."""
+    entries = math.prod(pair.home.shape) * lax.axis_size(DELTAS)
+    return canonical_home(pair).restore(by_blocks(pair, _squares, entries))
+
+
+def _squares(a: Array, deltas: Array) -> Array:
+    """The same of a (n, G, T, i) and S (n, v, G, T, o): (G, i, o)."""
+    if a.shape[2] == 1:
+        squares = jnp.sum(wide_square(deltas[:, :, :, 0]), axis=1)
+        return einsum("ngi,ngo->gio", wide_square(a[:, :, 0]), squares)
+    return jnp.sum(jnp.square(einsum("ngti,nvgto->ngivo", a, deltas)), axis=(0, 3))
+
+
+def with_ones(a: Array) -> Array:
+    """a (..., i) with a further input that is always 1."""
+    return jnp.concatenate([a, jnp.ones((*a.shape[:-1], 1), a.dtype)], axis=-1)
+
+
+def turned_second_moment(pair: Any, u: Array | None, v: Array) -> Array:
+    """sum_nv (U^T g_nv V)^2, (G, i, o); u (G, i, i), with one row more for a bias, v (G, o, o)."""
+    dtype, groups = wide_dtype(v.dtype), v.shape[0]
+
+    def turn(deltas: Array) -> Array:
+        return einsum("ngto,gop->ngtp", deltas.astype(dtype), v)
+
+    if u is None:
+        rows = (pair.rows,) if isinstance(pair, Lookup) else ()
+        place = Place((groups, *rows, v.shape[-1]), dtype)
+        return second_moment(dataclasses.replace(pair.with_deltas(turn), place=place))
 
     def some(a: Array, deltas: Array) -> Array:
-        return jnp.sum(jnp.square(einsum("ngti,nvgto->ngivo", a, deltas)), axis=(0, 3))
+        a = with_ones(a) if a.shape[-1] < u.shape[-1] else a
+        a = einsum("ngti,gij->ngtj", a.astype(dtype), u)
+        return _squares(a, jax.vmap(turn, 1, 1)(deltas))
 
-    entries = math.prod(pair.home.shape) * lax.axis_size(DELTAS)
-    return canonical_home(pair).restore(by_blocks(pair, some, entries))
+    several = pair.delta.shape[2:-1] != (1,)
+    entries = groups * u.shape[-1] * v.shape[-1] * lax.axis_size(DELTAS) if several else 0
+    return by_blocks(pair, some, entries)
 
 
 def _one_by_one(pair: Factored, f: Callable[[Any], Array]) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -144,7 +144,7 @@ def _product(
     vector: PyTree,
     key: Array | None,
 ) -> PyTree:
-    several = check_vector(params, vector)
+    several = check_vector(jax.tree.structure(params), shapes_of(params), vector)
     if which == "hessian":
         product = hessian_of(net, loss, params, x, y, key)
     else:
@@ -152,24 +152,30 @@ def _product(
     return jax.vmap(product)(vector) if several else product(vector)
 
 
-def check_vector(params: PyTree, vector: PyTree) -> bool:
-    """Whether it is several vectors like params; raises for what is neither one nor several."""
-    mine, theirs = jax.tree.structure(params), jax.tree.structure(vector)
-    if mine != theirs:
-        raise ValueError(f"the vector has the structure {theirs}; that of params is {mine}")
-    leaves = jax.tree.leaves(params)
-    pairs = list(zip(leaves, map(jnp.shape, jax.tree.leaves(vector)), strict=True))
-    if all(shape == jnp.shape(leaf) for leaf, shape in pairs):
+def check_vector(tree: Any, shapes: Sequence[tuple[int, ...]], vector: PyTree) -> bool:
+    """Whether it is several vectors like params; raises for what is neither one nor several.
+
+    Args:
+        tree, shapes: the structure of params, and the shapes of their leaves.
+        vector: what is to be looked at.
+    """
+    found = jax.tree.structure(vector)
+    if found != tree:
+        raise ValueError(f"the vector has the structure {found}; that of params is {tree}")
+    due, given = list(shapes), [jnp.shape(leaf) for leaf in jax.tree.leaves(vector)]
+    if given == due:
         return False
-    numbers = {shape[:1] for _, shape in pairs}
-    if len(numbers) != 1 or any(shape[1:] != jnp.shape(leaf) for leaf, shape in pairs):
-        shapes = [jnp.shape(leaf) for leaf in leaves]
+    if len({shape[:1] for shape in given}) != 1 or [shape[1:] for shape in given] != due:
         raise ValueError(
-            f"the vector's leaves have the shapes {[shape for _, shape in pairs]}; they must be "
-            f"those of params, {shapes}, or have one axis more in front, of one length: several "
-            "vectors"
+            f"the vector's leaves have the shapes {given}; they must be those of params, {due}, or "
+            "have one axis more in front, of one length: several vectors"
         )
     return True
+
+
+def shapes_of(tree: PyTree) -> tuple[tuple[int, ...], ...]:
+    """The shapes of its leaves."""
+    return tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def learning(net: Model, params: PyTree, vector: PyTree) -> PyTree:

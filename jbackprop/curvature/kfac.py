@@ -1,0 +1,422 @@
+"""Kronecker-factored curvature: K-FAC, KFLR and E-KFAC."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jbackprop.curvature.blocks import BlockDiagonal, Diagonal, Eigen, Kronecker, Where
+from jbackprop.curvature.diagonals import second_moment, turned_second_moment, with_ones
+from jbackprop.curvature.products import shapes_of
+from jbackprop.curvature.roots import MonteCarlo, Roots
+from jbackprop.curvature.sweeps import (
+    DELTAS,
+    Model,
+    by_blocks,
+    canonical_home,
+    check_model,
+    check_number,
+    layers_of,
+    over_deltas,
+    pairs_of,
+)
+from jbackprop.factored import (
+    Factored,
+    Lookup,
+    Outer,
+    Patches,
+    Place,
+    PyTree,
+    Shift,
+    einsum,
+    wide_dtype,
+)
+from jbackprop.losses import Loss
+from jbackprop.sweep import Node, batch_size
+
+Sharing = Literal["expand", "reduce"]
+LARGEST = 8192
+"""The longest side of a factor; what would have a longer one gets a diagonal block."""
+
+
+def kfac(
+    net: Model,
+    loss: Loss,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    roots: Roots = MonteCarlo(),  # noqa: B008, it is immutable
+    *,
+    key: Array | None = None,
+    sharing: Sharing = "expand",
+    joint_bias: bool = True,
+    chunk: int | None = None,
+) -> BlockDiagonal:
+    """Kronecker factors of the Gauss-Newton matrix of the mean cost, layer by layer.
+
+    The block of a matrix W is 1/B sum_nv g_nv (outer) g_nv with g_nv = a_n (outer) S_nv, that is
+    1/B sum_nv (a_n a_n^T) (x) (S_nv S_nv^T). K-FAC takes the mean of the product for the product of
+    the means, A (x) G with
+
+        A = 1/B sum_n a_n a_n^T        G = 1/B sum_n sum_v S_nv S_nv^T
+
+    which is exact for one example, and wherever S does not depend on the example (a linear network
+    with squared error). With `MonteCarlo` roots it is K-FAC, with `Exact` KFLR, with `Empirical`
+    the empirical one. Where T positions of an example share the weights, g_nv = sum_t a_t (outer)
+    S_vt, and there are two ways:
+
+        "expand"    every position an example: A = 1/(B T) sum_nt a a^T,  G = 1/B sum_nvt S S^T
+        "reduce"    as one: with a = 1/T sum_t a_t,  S = sum_t S_t  as above
+
+    "Expand" is exact in linear networks whose positions have costs of their own (language models,
+    and the KFC of convolutions, whose inputs are patches), "reduce" where the outputs are averages
+    over the positions (a pooled network). Positions without a target count in A like others.
+
+    What is no matrix gets another block: an embedding a diagonal A, which counts its rows; a bias
+    by itself its exact block G; scales, other shifts, weights that are used in several ways
+    (`Tied`), and factors with a side longer than 8192, their exact diagonal.
+
+    Source: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate
+    curvature (2015), section 3; Grosse and Martens, A Kronecker-factored approximate Fisher matrix
+    for convolution layers (2016), theorem 1; Botev, Ritter and Barber, Practical Gauss-Newton
+    optimisation for deep learning (2017), for the exact roots; Eschenhagen, Immer, Turner,
+    Schneider and Hennig, Kronecker-factored approximate curvature for modern neural network
+    architectures (2023), for "expand" and "reduce".
+
+    Args:
+        net: a layer or a composite; or a function (params, one example's x) -> outputs z, such as
+            the `apply` of a Flax model.
+        loss: a `Loss` that has a `hessian_root`.
+        params: the parameters.
+        x, y: the mini-batch, as for `backprop`.
+        roots: `MonteCarlo(samples)`, `Exact()` or `Empirical()`.
+        key: for `MonteCarlo`, and for layers that draw.
+        sharing: "expand" or "reduce".
+        joint_bias: whether the bias of a matrix is part of its block, as a row for an input of 1.
+            Of a function, whose biases cannot be told, biases always have their own block.
+        chunk: so many deltas at a time; bounds the memory, and changes nothing else.
+
+    Returns:
+        A `BlockDiagonal` of `Kronecker` and `Diagonal` blocks, in float32 at least.
+
+    Raises:
+        ValueError: inputs or targets that do not fit; a layer couples the examples; no key.
+        NotImplementedError: the loss has no root; the message names it.
+    """
+    _check(net, loss, params, x, y, roots, key, sharing, chunk)
+    return _kfac(net, loss, roots, sharing, joint_bias, chunk, params, x, y, key)
+
+
+def ekfac(
+    net: Model,
+    loss: Loss,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    roots: Roots = MonteCarlo(),  # noqa: B008, it is immutable
+    *,
+    key: Array | None = None,
+    sharing: Sharing = "expand",
+    joint_bias: bool = True,
+    chunk: int | None = None,
+    basis: BlockDiagonal | None = None,
+) -> BlockDiagonal:
+    """K-FAC with its eigenvalues corrected: the exact diagonal in the eigenbasis of the factors.
+
+    With A = U diag(alpha) U^T and G = V diag(gamma) V^T, the eigenvalues alpha gamma^T give way to
+
+        1/B sum_n sum_v (U^T g_nv V)^2
+
+    the best that can be done with these eigenvectors, in the Frobenius norm. With `Exact` roots the
+    trace is that of the Gauss-Newton matrix.
+
+    Source: George, Laurent, Bouthillier, Ballas and Vincent, Fast approximate natural gradient
+    descent in a Kronecker-factored eigenbasis (2018), equation 9.
+
+    Args:
+        net, loss, params, x, y, roots, key, sharing, joint_bias, chunk: as in `kfac`, for the
+            factors; the eigenvalues come from the same deltas.
+        basis: from `kfac(...).decomposed()` or an earlier `ekfac`, to take its eigenvectors; then
+            there are no new factors, and sharing and joint_bias are those of the basis.
+
+    Returns:
+        A `BlockDiagonal` of `Eigen` and `Diagonal` blocks.
+
+    Raises:
+        ValueError, NotImplementedError: as `kfac`; a basis of another network.
+    """
+    _check(net, loss, params, x, y, roots, key, sharing, chunk)
+    if basis is None:
+        basis = kfac(
+            net, loss, params, x, y, roots, key=key, sharing=sharing, joint_bias=joint_bias,
+            chunk=chunk,
+        )  # fmt: skip
+    elif (basis.tree, basis.shapes) != (jax.tree.structure(params), shapes_of(params)):
+        raise ValueError("basis is of other parameters: make it by kfac, of this network")
+    return _ekfac(net, loss, roots, chunk, basis, params, x, y, key)
+
+
+def _check(
+    net: Any, loss: Any, params: Any, x: Any, y: Any, roots: Roots, key: Any, sharing: Any, chunk: Any
+) -> None:
+    check_model(net, loss, params, x, y, key, roots.draws)
+    check_number("chunk", chunk, optional=True)
+    if sharing not in get_args(Sharing):
+        raise ValueError(f'sharing must be "expand" or "reduce", not {sharing!r}')
+
+
+class _Role(enum.Enum):
+    """What block a parameter of a layer has."""
+
+    MATRIX = "Kronecker"
+    WITH_BIAS = "Kronecker, with a row for the bias"
+    BIAS = "exact, of a bias by itself"
+    IN_MATRIX = "the row of another"
+    DIAGONAL = "diagonal"
+
+
+def _roles(pairs: Sequence[Factored], sharing: Sharing, joint_bias: bool) -> list[_Role]:
+    """What block each parameter of one layer has."""
+
+    def role(pair: Factored) -> _Role:
+        if isinstance(pair, Lookup) and sharing == "reduce" and pair.ids.shape[2] > 1:
+            return _Role.DIAGONAL  # the mean of one-hot rows has no diagonal A
+        if isinstance(pair, Outer | Patches | Lookup):
+            longest = max(pair.delta.shape[-1], _inputs(pair) + 1)
+            fits = longest <= LARGEST or isinstance(pair, Lookup)
+            return _Role.MATRIX if fits else _Role.DIAGONAL
+        beside = any(isinstance(other, Outer | Patches) for other in pairs)
+        if isinstance(pair, Shift) and beside and pair.delta.shape[-1] <= LARGEST:
+            return _Role.BIAS
+        return _Role.DIAGONAL
+
+    roles = [role(pair) for pair in pairs]
+    alone = roles.count(_Role.MATRIX) == roles.count(_Role.BIAS) == 1
+    if not (joint_bias and alone):
+        return roles
+    joint = {_Role.MATRIX: _Role.WITH_BIAS, _Role.BIAS: _Role.IN_MATRIX}
+    return [joint.get(role, role) for role in roles]
+
+
+def _inputs(pair: Outer | Patches | Lookup) -> int:
+    """i, the rows of a matrix."""
+    if isinstance(pair, Lookup):
+        return pair.rows
+    if isinstance(pair, Outer):
+        return int(pair.a.shape[-1])
+    return math.prod(pair.geometry.kernel) * pair.a.shape[-1] // pair.geometry.groups
+
+
+def _outputs(pair: Outer | Patches | Lookup) -> int:
+    """o, its columns."""
+    groups = pair.geometry.groups if isinstance(pair, Patches) else 1
+    return int(pair.delta.shape[-1]) // groups
+
+
+class _Plan(NamedTuple):
+    """The blocks of a network: by name, the role and the parameters of each; and of every layer."""
+
+    blocks: OrderedDict[str, tuple[_Role, Where]]
+    pairs: Sequence[Factored]
+
+
+def _planned(net: Model, params: PyTree, x: Any, sharing: Sharing, joint_bias: bool) -> _Plan:
+    pairs = pairs_of(net, params, x)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    blocks: OrderedDict[str, tuple[_Role, Where]] = OrderedDict()
+    for group in layers_of(net, params, pairs):
+        own = [pairs[k] for k in group.leaves]
+        roles = _roles(own, sharing, joint_bias)
+        for k, pair, role in zip(group.leaves, own, roles, strict=True):
+            if role is _Role.IN_MATRIX:
+                continue
+            name = group.name
+            if sum(r is not _Role.IN_MATRIX for r in roles) > 1:
+                name += paths[k][paths[k].rindex("[") :] if "[" in paths[k] else f"[{k}]"
+            blocks[name] = (role, _where(role, k, pair, group.leaves, own, roles))
+    return _Plan(blocks, pairs)
+
+
+def _where(
+    role: _Role, k: int, pair: Factored, leaves: Sequence[int], own: Any, roles: Any
+) -> Where:
+    if role is _Role.DIAGONAL:
+        return Where((k,), (pair.home,))
+    if role is _Role.BIAS:
+        return Where((k,), (pair.home,), pair.delta.shape[-1:])  # type: ignore[attr-defined]
+    assert isinstance(pair, Outer | Patches | Lookup)
+    home = pair.home if isinstance(pair, Lookup) else _canonical(pair)
+    features = (_inputs(pair), _outputs(pair))
+    if role is _Role.MATRIX:
+        return Where((k,), (home,), features)
+    at = roles.index(_Role.IN_MATRIX)
+    return Where((k, leaves[at]), (home, own[at].home), features)
+
+
+def _canonical(pair: Outer | Patches) -> Place:
+    """The same of a pair of shapes alone."""
+    found: list[Place] = []
+    jax.eval_shape(lambda pair: found.append(canonical_home(pair)), pair)
+    return found[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _kfac(
+    net: Model,
+    loss: Loss,
+    roots: Roots,
+    sharing: Sharing,
+    joint_bias: bool,
+    chunk: int | None,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    key: Array | None,
+) -> BlockDiagonal:
+    joint_bias, n = joint_bias and isinstance(net, Node), batch_size(x)
+    plan = _planned(net, params, x, sharing, joint_bias)
+
+    def ask(pairs: Sequence[Factored], aux: Sequence[Any]) -> list[PyTree]:
+        roles = _roles(pairs, sharing, joint_bias)
+        return [_factors(role, pair, sharing) for role, pair in zip(roles, pairs, strict=True)]
+
+    found = over_deltas(net, loss, roots, params, x, y, key, ask, chunk=chunk)
+    every = jax.tree.structure(params).flatten_up_to(found)
+
+    def block(role: _Role, where: Where) -> Any:
+        own = every[where.leaves[0]]
+        if role is _Role.DIAGONAL:
+            return Diagonal(own / n, where)
+        g = own.g.reshape(-1, *own.g.shape[-2:]) / n
+        if role is _Role.BIAS:
+            return Kronecker(jnp.ones((g.shape[0], 1), g.dtype), g, where)
+        a = own.a / own.count.reshape(own.count.shape + (1,) * (own.a.ndim - own.count.ndim))
+        sides = 1 if isinstance(plan.pairs[where.leaves[0]], Lookup) else 2
+        return Kronecker(a.reshape(-1, *a.shape[a.ndim - sides :]), g, where)
+
+    return _assembled(params, plan, block)
+
+
+def _assembled(params: PyTree, plan: _Plan, block: Any) -> BlockDiagonal:
+    blocks = OrderedDict((name, block(*own)) for name, own in plan.blocks.items())
+    return BlockDiagonal(blocks, jax.tree.structure(params), shapes_of(params))
+
+
+class _Factors(NamedTuple):
+    """Sums over the examples: of a a^T (None for a bias) and S S^T, and how many a were counted."""
+
+    a: Array | None
+    g: Array
+    count: Array
+
+
+def _factors(role: _Role, pair: Any, sharing: Sharing) -> Any:
+    """What is collected of one parameter, under the vmap over deltas."""
+    if role is _Role.IN_MATRIX:
+        return ()
+    if role is _Role.DIAGONAL:
+        return second_moment(pair)
+    dtype = wide_dtype(pair.delta.dtype)
+    positions = 1 if sharing == "reduce" else math.prod(pair.delta.shape[2:-1])
+    count = jnp.asarray(float(pair.size * positions), dtype)
+    if isinstance(pair, Shift | Lookup):
+        deltas = pair.delta
+        if isinstance(pair, Shift):  # exact: the sum over the positions comes first
+            deltas = jnp.sum(deltas, axis=2, keepdims=True, dtype=dtype)
+        g = _gram(lax.all_gather(deltas, DELTAS).reshape(-1, *deltas.shape[1:]))
+        if isinstance(pair, Shift):
+            return _Factors(None, g, count)
+        ones = jnp.ones((*pair.ids.shape, 1), dtype)
+        place = Place((pair.ids.shape[1], pair.rows, 1), dtype)
+        return _Factors(Lookup(pair.ids, ones, pair.rows, place).total()[..., 0], g, count)
+
+    def some(a: Array, deltas: Array) -> tuple[Array, Array]:
+        if sharing == "reduce":
+            a = jnp.mean(a, axis=2, keepdims=True, dtype=wide_dtype(a.dtype))
+            deltas = jnp.sum(deltas, axis=3, keepdims=True, dtype=dtype)
+        if role is _Role.WITH_BIAS:
+            a = with_ones(a)
+        return _gram(a), _gram(deltas.reshape(-1, *deltas.shape[2:]))
+
+    return _Factors(*by_blocks(pair, some, 0), count)
+
+
+def _gram(v: Array) -> Array:
+    """sum_nt v (outer) v for each group: (n, G, T, f) -> (G, f, f), accumulated in float32 at least.
+
+    Of wide matrices only what is on the diagonal or above, in some slabs: the rest is the same.
+    """
+    n, groups, t, f = v.shape
+    slabs = min(4, f // _SLAB)
+    if groups != 1 or slabs < 2:
+        return einsum("ngti,ngtj->gij", v, v)
+    rows, width = v.reshape(n * t, f), -(-f // slabs)
+    starts = range(0, f, width)
+    upper = [einsum("ri,rj->ij", rows[:, k : k + width], rows[:, k:]) for k in starts]
+    padded = [jnp.pad(part, ((0, 0), (k, 0))) for k, part in zip(starts, upper, strict=True)]
+    whole = jnp.triu(jnp.concatenate(padded))
+    return (whole + jnp.triu(whole, 1).T)[None]
+
+
+_SLAB = 192
+"""Columns that are worth a product of their own."""
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _ekfac(
+    net: Model,
+    loss: Loss,
+    roots: Roots,
+    chunk: int | None,
+    basis: BlockDiagonal,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    key: Array | None,
+) -> BlockDiagonal:
+    basis, n, tree = basis.decomposed(), batch_size(x), jax.tree.structure(params)
+    aux: list[Any] = [()] * tree.num_leaves
+    for block in basis.blocks.values():
+        if isinstance(block, Eigen):
+            stack = block.where.places[0].stack
+            apart = [v.reshape(*stack, -1, *v.shape[1:]) for v in (block.v,)]
+            u = None if block.u is None else block.u.reshape(*stack, -1, *block.u.shape[1:])
+            aux[block.where.leaves[0]] = (u, *apart)
+
+    def ask(pairs: Sequence[Factored], owns: Sequence[Any]) -> list[PyTree]:
+        return [turned_second_moment(pair, *own) if own else second_moment(pair)
+                for pair, own in zip(pairs, owns, strict=True)]  # fmt: skip
+
+    found = over_deltas(net, loss, roots, params, x, y, key, ask, tree.unflatten(aux), chunk)
+    every = tree.flatten_up_to(found)
+    blocks: OrderedDict[str, Any] = OrderedDict()
+    for name, block in basis.blocks.items():
+        own = every[block.where.leaves[0]] / n
+        if isinstance(block, Eigen):
+            blocks[name] = dataclasses.replace(block, values=own.reshape(block.values.shape))
+        else:
+            blocks[name] = Diagonal(own, block.where)
+    return BlockDiagonal(blocks, basis.tree, basis.shapes)
+
+
+def update_average(average: BlockDiagonal, new: BlockDiagonal, decay: Any) -> BlockDiagonal:
+    """decay * average + (1 - decay) * new, factor by factor: a running average as explicit state.
+
+    To begin from nothing take `jax.tree.map(jnp.zeros_like, new)`, and divide by 1 - decay^steps;
+    to begin from the first, take that.
+    """
+
+    def mix(old: Array, new: Array) -> Array:
+        share = jnp.asarray(decay, old.dtype)
+        return share * old + (1 - share) * new
+
+    return jax.tree.map(mix, average, new)
