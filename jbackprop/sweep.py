@@ -130,7 +130,12 @@ class Composite(Node):
 
     The layers are found in the dataclass fields. A composite with one field that is a layer has
     that layer's params; one of several layers, or of a tuple of layers, has a tuple of theirs.
+
+    Attributes:
+        chains: whether its layers are a chain: each is given what the one before gives.
     """
+
+    chains: ClassVar[bool] = False
 
     @abc.abstractmethod
     def forward(self, params: PyTree, x: Any, key: Array | None) -> tuple[Any, Any]:

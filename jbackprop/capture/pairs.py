@@ -77,9 +77,7 @@ def _stacked(found: Sequence[Use]) -> int:
     return depth
 
 
-def _side_by_side(
-    found: Sequence[Use], pairs: Sequence[Factored], turning: bool
-) -> list[Factored]:
+def _side_by_side(found: Sequence[Use], pairs: Sequence[Factored], turning: bool) -> list[Factored]:
     """Pairs of the same form as one, with their positions side by side."""
     parts: list[tuple[Use, Factored]] = []
     for use, pair in zip(found, pairs, strict=True):
@@ -93,9 +91,7 @@ def _side_by_side(
     return [pair for _, pair in parts]
 
 
-def _joined(
-    use: Use, one: Factored, other: Use, two: Factored, turning: bool
-) -> Factored | None:
+def _joined(use: Use, one: Factored, other: Use, two: Factored, turning: bool) -> Factored | None:
     if turning and isinstance(one, Outer) and isinstance(two, Outer) and one.place != two.place:
         # W here, its transpose there: a (outer) delta = (delta (outer) a)^T.
         (b, i, o), turned = use.order, other.order

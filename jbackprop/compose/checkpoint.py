@@ -85,8 +85,8 @@ def after(x: Any, delta: Any) -> tuple[Any, Any]:
 
     Without the barrier the compiler would find that it has all that is to be done again already,
     and keep it. On the CPU it drops barriers before it schedules, and might then do the work again
-    early: so x is made to depend on delta, in a way that is always true and never known to be. Where
-    several deltas are swept at once (under `jax.vmap`), on the first: the work is done once for all.
+    early: so x is made to depend on delta, in a way that is always true and never known to be.
+    Where several deltas are swept at once (under `jax.vmap`), on the first: the work is done once.
     """
     x, delta = lax.optimization_barrier((x, delta))
     first = [d for d in jax.tree.leaves(delta) if d.size]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 from jax import Array
 
@@ -26,6 +26,8 @@ class Sequential(Variadic):
         ValueError: no layers; params of another network.
         TypeError: something among the layers that is not one.
     """
+
+    chains: ClassVar[bool] = True
 
     @functools.cached_property
     def reads(self) -> tuple[str, ...]:

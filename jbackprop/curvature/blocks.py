@@ -19,7 +19,7 @@ import abc
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jbackprop.curvature.products import check_vector
 from jbackprop.factored import Place, PyTree
 
 Function = Callable[[Array], Array]
+_B = TypeVar("_B")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +91,11 @@ class Block(abc.ABC):
         return self
 
 
-def _block(*data: str) -> Callable[[type], type]:
-    def decorate(cls: type) -> type:
+@dataclass_transform(frozen_default=True)
+def _block(*data: str) -> Callable[[type[_B]], type[_B]]:
+    """Make a class a frozen dataclass and a pytree: these are arrays, `where` is static."""
+
+    def decorate(cls: type[_B]) -> type[_B]:
         frozen = dataclasses.dataclass(frozen=True)(cls)
         jax.tree_util.register_dataclass(frozen, list(data), ["where"])
         return frozen

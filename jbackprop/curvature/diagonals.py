@@ -20,6 +20,7 @@ from jbackprop.curvature.sweeps import (
     canonical_home,
     check_model,
     check_number,
+    linear_in_deltas,
     over_deltas,
 )
 from jbackprop.factored import (
@@ -213,8 +214,7 @@ def turned_second_moment(pair: Any, u: Array | None, v: Array) -> Array:
 
 def _one_by_one(pair: Factored, f: Callable[[Any], Array]) -> Array:
     """sum_v f(pair_v), for one delta at a time."""
-    several: list[Array] = []
-    pair.with_deltas(lambda delta: several.append(lax.all_gather(delta, DELTAS)) or delta)
+    several = [lax.all_gather(delta, DELTAS) for delta in linear_in_deltas(pair)]
     if not several:
         return f(pair)
 

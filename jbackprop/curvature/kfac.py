@@ -166,7 +166,15 @@ def ekfac(
 
 
 def _check(
-    net: Any, loss: Any, params: Any, x: Any, y: Any, roots: Roots, key: Any, sharing: Any, chunk: Any
+    net: Any,
+    loss: Any,
+    params: Any,
+    x: Any,
+    y: Any,
+    roots: Roots,
+    key: Any,
+    sharing: Any,
+    chunk: Any,
 ) -> None:
     check_model(net, loss, params, x, y, key, roots.draws)
     check_number("chunk", chunk, optional=True)
@@ -231,7 +239,9 @@ class _Plan(NamedTuple):
 
 def _planned(net: Model, params: PyTree, x: Any, sharing: Sharing, joint_bias: bool) -> _Plan:
     pairs = pairs_of(net, params, x)
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
+    ]
     blocks: OrderedDict[str, tuple[_Role, Where]] = OrderedDict()
     for group in layers_of(net, params, pairs):
         own = [pairs[k] for k in group.leaves]
@@ -290,7 +300,8 @@ def _kfac(
         return [_factors(role, pair, sharing) for role, pair in zip(roles, pairs, strict=True)]
 
     found = over_deltas(net, loss, roots, params, x, y, key, ask, chunk=chunk)
-    every = jax.tree.structure(params).flatten_up_to(found)
+    tree: Any = jax.tree.structure(params)
+    every = tree.flatten_up_to(found)
 
     def block(role: _Role, where: Where) -> Any:
         own = every[where.leaves[0]]
@@ -299,7 +310,7 @@ def _kfac(
         g = own.g.reshape(-1, *own.g.shape[-2:]) / n
         if role is _Role.BIAS:
             return Kronecker(jnp.ones((g.shape[0], 1), g.dtype), g, where)
-        a = own.a / own.count.reshape(own.count.shape + (1,) * (own.a.ndim - own.count.ndim))
+        a = own.a / own.counted.reshape(own.counted.shape + (1,) * (own.a.ndim - own.counted.ndim))
         sides = 1 if isinstance(plan.pairs[where.leaves[0]], Lookup) else 2
         return Kronecker(a.reshape(-1, *a.shape[a.ndim - sides :]), g, where)
 
@@ -316,7 +327,7 @@ class _Factors(NamedTuple):
 
     a: Array | None
     g: Array
-    count: Array
+    counted: Array
 
 
 def _factors(role: _Role, pair: Any, sharing: Sharing) -> Any:
@@ -351,7 +362,7 @@ def _factors(role: _Role, pair: Any, sharing: Sharing) -> Any:
 
 
 def _gram(v: Array) -> Array:
-    """sum_nt v (outer) v for each group: (n, G, T, f) -> (G, f, f), accumulated in float32 at least.
+    """sum_nt v (outer) v for each group: (n, G, T, f) -> (G, f, f), in float32 at least.
 
     Of wide matrices only what is on the diagonal or above, in some slabs: the rest is the same.
     """
@@ -383,7 +394,8 @@ def _ekfac(
     y: Any,
     key: Array | None,
 ) -> BlockDiagonal:
-    basis, n, tree = basis.decomposed(), batch_size(x), jax.tree.structure(params)
+    basis, n = basis.decomposed(), batch_size(x)
+    tree: Any = jax.tree.structure(params)
     aux: list[Any] = [()] * tree.num_leaves
     for block in basis.blocks.values():
         if isinstance(block, Eigen):
@@ -396,7 +408,9 @@ def _ekfac(
         return [turned_second_moment(pair, *own) if own else second_moment(pair)
                 for pair, own in zip(pairs, owns, strict=True)]  # fmt: skip
 
-    found = over_deltas(net, loss, roots, params, x, y, key, ask, tree.unflatten(aux), chunk)
+    found = over_deltas(
+        net, loss, roots, params, x, y, key, ask, jax.tree.unflatten(tree, aux), chunk
+    )
     every = tree.flatten_up_to(found)
     blocks: OrderedDict[str, Any] = OrderedDict()
     for name, block in basis.blocks.items():

@@ -130,7 +130,9 @@ def fisher_product(
             f"{loss} is not of the canonical family, so that its Fisher matrix is not its Gauss-"
             "Newton matrix: use ggn_product, or Empirical()"
         )
-    return _product("ggn" if isinstance(roots, Exact) else roots, net, loss, params, x, y, vector, key)
+    return _product(
+        "ggn" if isinstance(roots, Exact) else roots, net, loss, params, x, y, vector, key
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -184,7 +186,10 @@ def learning(net: Model, params: PyTree, vector: PyTree) -> PyTree:
     if isinstance(net, Node):
         mask = trainable_mask(net, params)
     return jax.tree.map(
-        lambda learns, p, v: v.astype(p.dtype) if learns else jnp.zeros_like(p), mask, params, vector
+        lambda learns, p, v: v.astype(p.dtype) if learns else jnp.zeros_like(p),
+        mask,
+        params,
+        vector,
     )
 
 

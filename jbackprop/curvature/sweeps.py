@@ -38,8 +38,8 @@ AT_ONCE = 1 << 22
 Model = Node | Callable[[PyTree, Any], Array]
 """A network of ours, or any function (params, one example's x) -> that example's outputs z."""
 Ask = Callable[[Sequence[Factored], Sequence[Any]], Sequence[PyTree]]
-"""From the pairs of one layer (of one copy of it) and their parts of `aux`, to what is kept for each
-of its parameters. It is called under the vmap over the deltas, and must sum over them."""
+"""From the pairs of one layer (one copy of it) and their parts of `aux`, to what is kept of each
+parameter. It is called under the vmap over the deltas, and must sum over them."""
 
 
 class Group(NamedTuple):
@@ -85,7 +85,7 @@ class _Function(Node):
 def outputs_of(net: Model, params: PyTree, x: Any, key: Array | None = None) -> Array:
     """z (B, ..., q)."""
     if isinstance(net, Node):
-        return forward(net, params, x, key)[0]  # type: ignore[no-any-return]
+        return forward(net, params, x, key)[0]
     return jax.vmap(net, in_axes=(None, 0))(params, x)
 
 
@@ -137,8 +137,8 @@ def over_deltas(
             def of_example(z: Array, own: Any) -> Array:
                 y, n = own
                 once = None if drawn is None else jax.random.fold_in(drawn, n)
-                one = jax.tree.map(lambda v: v[None], (z, y))
-                return _there(roots.columns(loss, *one, once), at, number)[:, 0]
+                z, y = jax.tree.map(lambda v: v[None], (z, y))
+                return _there(roots.columns(loss, z, y, once), at, number)[:, 0]
 
             own = (jax.tree.map(jnp.asarray, y), jnp.arange(program.n))
             return _of_program(program, of_example, own, ask, aux)
@@ -172,9 +172,10 @@ def _of_network(
     net: Node, params: PyTree, trace: Trace, deltas: Array, ask: Ask, aux: PyTree
 ) -> PyTree:
     def collect(factored: PyTree, delta: Any, own: PyTree) -> PyTree:
-        pairs, tree = jax.tree.flatten(factored, is_leaf=is_factored)
+        pairs = jax.tree.leaves(factored, is_leaf=is_factored)
+        tree: Any = jax.tree.structure(factored, is_leaf=is_factored)
         owns = [None] * len(pairs) if own is None else tree.flatten_up_to(own)
-        return tree.unflatten(ask(pairs, owns))
+        return jax.tree.unflatten(tree, ask(pairs, owns))
 
     def one(delta: Array) -> PyTree:
         return backward(net, params, trace, delta, collect, None, aux)[1]
@@ -201,12 +202,14 @@ def _of_program(
         return ask(pairs, owns)
 
     found = run_several(program, columns, own, every, DELTAS)
-    return program.tree.unflatten(found)
+    return jax.tree.unflatten(program.tree, found)
 
 
 def _siblings(tree: Any, pairs: Sequence[Factored]) -> list[Group]:
     """Parameters side by side that are stacked alike."""
-    paths = jax.tree_util.tree_flatten_with_path(tree.unflatten(range(tree.num_leaves)))[0]
+    paths = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(tree, range(tree.num_leaves)))[
+        0
+    ]
     found: dict[Any, list[int]] = {}
     for (path, k), pair in zip(paths, pairs, strict=True):
         name = "params" + jax.tree_util.keystr(path[:-1])
@@ -218,11 +221,21 @@ def widest(net: Model, params: PyTree, x: Any) -> int:
     """How many numbers the deltas of one layer have, at most; of a function, of all of them."""
     sizes = []
     for pair in pairs_of(net, params, x):
-        own: list[int] = [0]
-        pair.with_deltas(lambda v: own.append(v.size) or v)
         copies = math.prod(pair.home.stack) if isinstance(net, Node) else 1
-        sizes.append(sum(own) // max(copies, 1))
+        sizes.append(sum(math.prod(v.shape) for v in linear_in_deltas(pair)) // max(copies, 1))
     return max(sizes, default=1) if isinstance(net, Node) else sum(sizes)
+
+
+def linear_in_deltas(pair: Factored) -> list[Array]:
+    """Its arrays that are."""
+    found: list[Array] = []
+
+    def see(v: Array) -> Array:
+        found.append(v)
+        return v
+
+    pair.with_deltas(see)
+    return found
 
 
 def pairs_of(net: Model, params: PyTree, x: Any) -> list[Factored]:
@@ -244,15 +257,15 @@ def _pairs_of_program(program: Program) -> list[Factored]:
     def one(z: Array, own: Any) -> Array:
         return jnp.zeros((1, *z.shape), z.dtype)
 
-    return jax.eval_shape(lambda: run_several(program, one, (), whole, DELTAS))  # type: ignore[no-any-return]
+    return jax.eval_shape(lambda: run_several(program, one, (), whole, DELTAS))
 
 
 def layers_of(net: Model, params: PyTree, pairs: Sequence[Factored]) -> list[Group]:
     """The layers of a model, with their parameters' numbers."""
-    tree = jax.tree.structure(params)
+    tree: Any = jax.tree.structure(params)
     if not isinstance(net, Node):
         return _siblings(tree, pairs)
-    parts = walk(net, tree.unflatten(range(tree.num_leaves)))
+    parts = walk(net, jax.tree.unflatten(tree, range(tree.num_leaves)))
     found = [Group(path, tuple(jax.tree.leaves(part))) for path, _, part in parts]
     return [group for group in found if group.leaves]
 

@@ -1,0 +1,389 @@
+"""Traces, largest eigenvalues and spectral densities, of the whole matrix and layer by layer."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse.linalg
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+
+from jbackprop.curvature.hessian import random_signs
+from jbackprop.curvature.products import ggn_of, hessian_of
+from jbackprop.curvature.roots import Exact, Roots
+from jbackprop.curvature.sweeps import (
+    DELTAS,
+    Group,
+    Model,
+    check_model,
+    check_number,
+    layers_of,
+    over_deltas,
+    pairs_of,
+    two_keys,
+)
+from jbackprop.factored import Factored, Nothing, PyTree
+from jbackprop.losses import Loss
+from jbackprop.sweep import batch_size
+
+Matrix = Literal["ggn", "hessian"]
+_DENSE = 64  # sides of a matrix that is written out rather than asked
+
+
+def trace_ggn(
+    net: Model,
+    loss: Loss,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    roots: Roots = Exact(),  # noqa: B008, it is immutable
+    *,
+    key: Array | None = None,
+    per_layer: bool = False,
+    chunk: int | None = None,
+) -> Any:
+    """The trace of the Gauss-Newton matrix of the mean cost, from norms alone.
+
+    tr G = 1/B sum_n sum_v |g_nv|^2: the squared norms of the gradients at the deltas S_v, found as
+    `per_example.norms` finds them, without writing any gradient out.
+
+    Args:
+        net, loss, params, x, y, roots, key, chunk: as in `diag_ggn`.
+        per_layer: the traces of the layers' diagonal blocks instead.
+
+    Returns:
+        (), in float32 at least; with `per_layer` an `OrderedDict` of such by the layer's name, the
+        copies of a scanned layer together.
+
+    Raises:
+        ValueError, NotImplementedError: as `diag_ggn`.
+    """
+    check_model(net, loss, params, x, y, key, roots.draws)
+    check_number("chunk", chunk, optional=True)
+    found = _traces(net, loss, roots, chunk, params, x, y, key)
+    return _by_layer(net, params, x, found, per_layer)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _traces(
+    net: Model,
+    loss: Loss,
+    roots: Roots,
+    chunk: int | None,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    key: Array | None,
+) -> list[Array]:
+    def ask(pairs: Sequence[Factored], aux: Sequence[Any]) -> list[Array]:
+        return [lax.psum(jnp.sum(pair.square_norm()), DELTAS) for pair in pairs]
+
+    found = over_deltas(net, loss, roots, params, x, y, key, ask, chunk=chunk)
+    return [jnp.sum(v) / batch_size(x) for v in jax.tree.leaves(found)]
+
+
+def trace_hessian(
+    net: Model,
+    loss: Loss,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    samples: int = 16,
+    *,
+    key: Array,
+    per_layer: bool = False,
+    chunk: int | None = 4,
+) -> Any:
+    """Hutchinson's estimate of the trace of the Hessian of the mean cost, without bias.
+
+    The mean of v . (H v) over vectors of random signs. Its variance is twice the sum of the squares
+    of what is off the diagonal, over `samples`. (The exact trace is the sum of `diag_hessian`.)
+
+    Source: Hutchinson, A stochastic estimator of the trace of the influence matrix for Laplacian
+    smoothing splines (1989).
+
+    Args:
+        net, loss, params, x, y: as in `hessian_product`.
+        samples: how many vectors; each costs a product.
+        key: for the vectors, and for layers that draw.
+        per_layer: the traces of the layers' diagonal blocks instead.
+        chunk: so many vectors at a time; bounds the memory, and changes nothing else.
+
+    Returns:
+        As `trace_ggn`.
+
+    Raises:
+        ValueError: as `hessian_product`.
+    """
+    check_model(net, loss, params, x, y, key, True)
+    check_number("samples", samples)
+    check_number("chunk", chunk, optional=True)
+    found = _estimated_traces(net, loss, samples, chunk, params, x, y, key)
+    return _by_layer(net, params, x, found, per_layer)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _estimated_traces(
+    net: Model,
+    loss: Loss,
+    samples: int,
+    chunk: int | None,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    key: Array,
+) -> list[Array]:
+    own_key, drawn = two_keys(net, key)
+    product = hessian_of(net, loss, params, x, y, own_key)
+    assert drawn is not None
+
+    def one(key: Array) -> list[Array]:
+        signs = random_signs(key, params)
+        pairs = zip(jax.tree.leaves(signs), jax.tree.leaves(product(signs)), strict=True)
+        return [jnp.vdot(v, h) for v, h in pairs]
+
+    found = lax.map(one, jax.random.split(drawn, samples), batch_size=chunk)
+    return [jnp.mean(v) for v in found]
+
+
+def _by_layer(
+    net: Model, params: PyTree, x: Any, found: Sequence[Array], per_layer: bool
+) -> Array | OrderedDict[str, Array]:
+    if not per_layer:
+        return jnp.sum(jnp.stack(found))
+    groups = layers_of(net, params, pairs_of(net, params, x))
+    return OrderedDict((g.name, jnp.sum(jnp.stack([found[k] for k in g.leaves]))) for g in groups)
+
+
+def top_eigenvalues(
+    net: Model,
+    loss: Loss,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    number: int = 1,
+    matrix: Matrix = "ggn",
+    *,
+    key: Array | None = None,
+    per_layer: bool = False,
+    vectors: bool = False,
+    tolerance: float = 1e-3,
+) -> Any:
+    """The eigenvalues of largest size of the Gauss-Newton matrix or the Hessian of the mean cost.
+
+    By the implicitly restarted Lanczos method of ARPACK, as it is in SciPy: some tens of products.
+    It runs on the host, and so not under `jax.jit`.
+
+    Source: Lehoucq, Sorensen and Yang, ARPACK users' guide (1998).
+
+    Args:
+        net, loss, params, x, y: as in `hessian_product`.
+        number: how many.
+        matrix: "ggn" or "hessian".
+        key: for layers that draw, and for where Lanczos begins; by default `jax.random.key(0)`
+            serves that.
+        per_layer: of the layers' diagonal blocks instead, copies of a scanned layer together.
+        vectors: whether to give the eigenvectors too.
+        tolerance: relative error that eigenvalues may have.
+
+    Returns:
+        (number,) NumPy numbers, the largest by absolute value first; fewer where there are fewer
+        parameters. With `vectors` a pair of these and a tree like params with an axis of eigen-
+        vectors in front (for a layer's block, 0 outside it). With `per_layer` an `OrderedDict` of
+        such by the layer's name. What is frozen has no part.
+
+    Raises:
+        ValueError: as `hessian_product`; options out of range.
+        scipy.sparse.linalg.ArpackNoConvergence: it did not converge.
+    """
+    _check_matrix(net, loss, params, x, y, matrix)
+    check_number("number", number)
+    groups, ask = _asked(net, loss, params, x, y, matrix, key, per_layer)
+    start = jax.random.key(0) if key is None else jax.random.fold_in(key, 1)
+
+    def of(group: Group) -> Any:
+        size, product, spread = ask(group)
+        values, found = _largest(
+            product, size, number, start, tolerance, jnp.result_type(*_leaves(params))
+        )
+        return (values, spread(found.T)) if vectors else values
+
+    found = OrderedDict((group.name, of(group)) for group in groups)
+    return found if per_layer else found["net"]
+
+
+def _leaves(params: PyTree) -> list[Any]:
+    return [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
+
+
+def _largest(
+    product: Callable[[Any], Any], size: int, number: int, key: Array, tolerance: float, dtype: Any
+) -> tuple[Any, Any]:
+    """Eigenvalues and eigenvectors (size, number) of largest absolute value."""
+
+    def times(v: Any) -> Any:
+        return np.asarray(product(jnp.asarray(v, dtype)))
+
+    if size <= max(_DENSE, 2 * number + 1):
+        dense = np.stack([times(row) for row in np.eye(size)])
+        values, found = np.linalg.eigh((dense + dense.T) / 2)
+    else:
+        operator = scipy.sparse.linalg.LinearOperator(
+            (size, size), matvec=lambda v: times(v.reshape(-1)), dtype=dtype
+        )
+        start = np.asarray(jax.random.normal(key, (size,), dtype))
+        values, found = scipy.sparse.linalg.eigsh(
+            operator, number, which="LM", v0=start, tol=tolerance
+        )
+    order = np.argsort(-np.abs(values))[:number]
+    return values[order], found[:, order]
+
+
+class Density(NamedTuple):
+    """A spectral density, smoothed.
+
+    Attributes:
+        eigenvalues: where, (points,).
+        density: how many eigenvalues there are, as a share of all, for each unit of length; its
+            integral is 1.
+        nodes, weights: what was smoothed, (samples, steps): eigenvalues with shares of 1 / samples.
+    """
+
+    eigenvalues: Array
+    density: Array
+    nodes: Array
+    weights: Array
+
+
+def spectral_density(
+    net: Model,
+    loss: Loss,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    matrix: Matrix = "ggn",
+    *,
+    key: Array,
+    steps: int = 64,
+    samples: int = 4,
+    per_layer: bool = False,
+    points: int = 512,
+    width: float = 0.01,
+) -> Any:
+    """The density of the eigenvalues of the Gauss-Newton matrix or the Hessian of the mean cost.
+
+    Stochastic Lanczos quadrature: the eigenvalues of the tridiagonal matrix that `steps` of Lanczos
+    from a random vector make, and the squares of the first entries of its eigenvectors, are nodes
+    and weights of a quadrature of the spectrum as that vector sees it; the mean over vectors is the
+    spectrum. Lanczos, with full reorthogonalisation, is that of the package matfree.
+
+    Source: Lin, Saad and Yang, Approximating spectral densities of large matrices (2016); Ghorbani,
+    Krishnan and Xiao, An investigation into neural net optimization via Hessian eigenvalue density
+    (2019).
+
+    Args:
+        net, loss, params, x, y, matrix, per_layer: as in `top_eigenvalues`.
+        key: for the vectors, and for layers that draw.
+        steps: products for each vector; fewer where there are fewer parameters. steps vectors of
+            the size of the parameters are held.
+        samples: how many vectors.
+        points: of the grid.
+        width: the standard deviation of the normal density that each node is smoothed with, as a
+            part of the range of the nodes.
+
+    Returns:
+        A `Density`; with `per_layer` an `OrderedDict` of such by the layer's name.
+
+    Raises:
+        ValueError: as `hessian_product`; options out of range.
+        ImportError: matfree is not installed: `pip install 'jbackprop[solvers]'`.
+    """
+    _check_matrix(net, loss, params, x, y, matrix)
+    for name, value in (("steps", steps), ("samples", samples), ("points", points)):
+        check_number(name, value)
+    if not width > 0:
+        raise ValueError(f"width must be positive, not {width}")
+    try:
+        from matfree import decomp
+    except ImportError as error:
+        raise ImportError(
+            "spectral_density takes Lanczos from matfree: pip install 'jbackprop[solvers]'"
+        ) from error
+    groups, ask = _asked(net, loss, params, x, y, matrix, key, per_layer)
+
+    def of(group: Group) -> Density:
+        size, product, _ = ask(group)
+        lanczos = decomp.tridiag_sym(min(steps, size), custom_vjp=False)
+
+        def one(key: Array) -> tuple[Array, Array]:
+            start = jax.random.rademacher(key, (size,), jnp.result_type(*_leaves(params)))
+            values, vectors = jnp.linalg.eigh(lanczos(product, start).J_small)
+            return values, jnp.square(vectors[0])
+
+        keys = jax.random.split(jax.random.fold_in(key, 1), samples)
+        nodes, weights = jax.jit(lambda keys: lax.map(one, keys))(keys)
+        return _smoothed(nodes, weights, points, width)
+
+    found = OrderedDict((group.name, of(group)) for group in groups)
+    return found if per_layer else found["net"]
+
+
+def _smoothed(nodes: Array, weights: Array, points: int, width: float) -> Density:
+    low, high = jnp.min(nodes), jnp.max(nodes)
+    scale = jnp.maximum(high - low, jnp.finfo(nodes.dtype).tiny ** 0.5)
+    sigma = width * scale
+    grid = jnp.linspace(low - 5 * sigma, high + 5 * sigma, points)
+    away = (grid[:, None] - nodes.reshape(1, -1)) / sigma
+    bells = jnp.exp(-0.5 * jnp.square(away)) / (sigma * (2 * jnp.pi) ** 0.5)
+    return Density(grid, bells @ weights.reshape(-1) / nodes.shape[0], nodes, weights)
+
+
+def _check_matrix(net: Any, loss: Any, params: Any, x: Any, y: Any, matrix: Any) -> None:
+    check_model(net, loss, params, x, y)
+    if matrix not in get_args(Matrix):
+        raise ValueError(f'matrix must be "ggn" or "hessian", not {matrix!r}')
+
+
+def _asked(
+    net: Model,
+    loss: Loss,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    matrix: Matrix,
+    key: Array | None,
+    per_layer: bool,
+) -> tuple[list[Group], Callable[[Group], tuple[int, Callable[..., Any], Callable[..., Any]]]]:
+    """The blocks; and of each its size, its product with flat vectors, and how to spread these."""
+    of = hessian_of if matrix == "hessian" else ggn_of
+    leaves, tree = jax.tree.flatten(params)
+    pairs = pairs_of(net, params, x)
+    learning = {k for k, pair in enumerate(pairs) if not isinstance(pair, Nothing)}
+    groups = layers_of(net, params, pairs)
+    if not per_layer:
+        groups = [Group("net", tuple(range(len(leaves))))]
+    groups = [g._replace(leaves=tuple(k for k in g.leaves if k in learning)) for g in groups]
+
+    def ask(group: Group) -> tuple[int, Callable[..., Any], Callable[..., Any]]:
+        flat, unflatten = ravel_pytree([leaves[k] for k in group.leaves])
+
+        def spread(vector: Array) -> PyTree:
+            parts = dict(zip(group.leaves, unflatten(vector), strict=True))
+            return jax.tree.unflatten(
+                tree, [parts.get(k, jnp.zeros_like(v)) for k, v in enumerate(leaves)]
+            )
+
+        @jax.jit
+        def product(vector: Array) -> Array:
+            found = jax.tree.leaves(of(net, loss, params, x, y, key)(spread(vector)))
+            return ravel_pytree([found[k] for k in group.leaves])[0]
+
+        return flat.size, product, jax.vmap(spread)
+
+    return [g for g in groups if g.leaves], ask
