@@ -16,6 +16,8 @@ from jbackprop.curvature.operators import hessian_operator as hessian_operator
 from jbackprop.curvature.products import fisher_product as fisher_product
 from jbackprop.curvature.products import ggn_product as ggn_product
 from jbackprop.curvature.products import hessian_product as hessian_product
+from jbackprop.curvature.root_products import ggn_block_product as ggn_block_product
+from jbackprop.curvature.root_products import ggn_root as ggn_root
 from jbackprop.curvature.roots import Empirical as Empirical
 from jbackprop.curvature.roots import Exact as Exact
 from jbackprop.curvature.roots import MonteCarlo as MonteCarlo

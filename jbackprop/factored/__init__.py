@@ -19,6 +19,7 @@ from jbackprop.factored.base import scan_examples as scan_examples
 from jbackprop.factored.base import weighted as weighted
 from jbackprop.factored.base import wide_dtype as wide_dtype
 from jbackprop.factored.base import wide_square as wide_square
+from jbackprop.factored.base import widest_dtype as widest_dtype
 from jbackprop.factored.lookup import Lookup as Lookup
 from jbackprop.factored.other import Coupled as Coupled
 from jbackprop.factored.other import Full as Full

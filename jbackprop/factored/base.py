@@ -31,7 +31,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import jax
@@ -115,6 +115,11 @@ class Place:
 def wide_dtype(dtype: Any) -> Any:
     """The dtype that sums and costs are kept in: float32 at least."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
+
+
+def widest_dtype(dtypes: Sequence[Any]) -> Any:
+    """Of floating-point dtypes of 32 bits and more, also where JAX promotes nothing by itself."""
+    return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
 
 
 def _column(weights: Array, like: Array) -> Array:

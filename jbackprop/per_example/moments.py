@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jbackprop.factored import Moments, PyTree, in_shares
+from jbackprop.factored import Moments, PyTree, in_shares, widest_dtype
 from jbackprop.per_example.answers import check_question, root, summed, times
-from jbackprop.per_example.source import Pairs, Source, in_parts, widest
+from jbackprop.per_example.source import Pairs, Source, in_parts
 
 
 class NoiseScale(NamedTuple):
@@ -170,7 +170,7 @@ def _jitted_moments(
 
 def _dtype(tree: PyTree) -> Any:
     leaves = jax.tree.leaves(tree)
-    return widest([leaf.dtype for leaf in leaves] or [jnp.result_type(float)])
+    return widest_dtype([leaf.dtype for leaf in leaves] or [jnp.result_type(float)])
 
 
 def _times(tree: PyTree, scale: Array) -> PyTree:

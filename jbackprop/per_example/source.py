@@ -22,6 +22,7 @@ from jbackprop.factored import (
     PyTree,
     is_factored,
     scan_examples,
+    widest_dtype,
 )
 from jbackprop.gradient import Ahead, Backprop, check_call, refuse_coupling, sweep_forward
 from jbackprop.losses import Loss
@@ -371,14 +372,9 @@ def in_parts(
     return scan_examples(some, (moving, parts, jnp.arange(n)), n, microbatch, join)
 
 
-def widest(dtypes: Sequence[Any]) -> Any:
-    """Of floating-point dtypes of 32 bits and more, also where JAX promotes nothing by itself."""
-    return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
-
-
 def promoted_sum(values: Sequence[Array]) -> Array:
     """The sum of arrays in the widest of their dtypes."""
-    dtype = widest([v.dtype for v in values])
+    dtype = widest_dtype([v.dtype for v in values])
     return functools.reduce(jnp.add, [v.astype(dtype) for v in values])
 
 
