@@ -5,6 +5,7 @@ from jbackprop import curvature as curvature
 from jbackprop import diagnose as diagnose
 from jbackprop import factored as factored
 from jbackprop import metrics as metrics
+from jbackprop import optim as optim
 from jbackprop import per_example as per_example
 from jbackprop import sweep as sweep
 from jbackprop.averages import Averages as Averages

@@ -239,9 +239,7 @@ class _Plan(NamedTuple):
 
 def _planned(net: Model, params: PyTree, x: Any, sharing: Sharing, joint_bias: bool) -> _Plan:
     pairs = pairs_of(net, params, x)
-    paths = [
-        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
-    ]
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     blocks: OrderedDict[str, tuple[_Role, Where]] = OrderedDict()
     for group in layers_of(net, params, pairs):
         own = [pairs[k] for k in group.leaves]
@@ -249,9 +247,8 @@ def _planned(net: Model, params: PyTree, x: Any, sharing: Sharing, joint_bias: b
         for k, pair, role in zip(group.leaves, own, roles, strict=True):
             if role is _Role.IN_MATRIX:
                 continue
-            name = group.name
-            if sum(r is not _Role.IN_MATRIX for r in roles) > 1:
-                name += paths[k][paths[k].rindex("[") :] if "[" in paths[k] else f"[{k}]"
+            several = sum(r is not _Role.IN_MATRIX for r in roles) > 1
+            name = group.name + (jax.tree_util.keystr(paths[k][-1:]) if several else "")
             blocks[name] = (role, _where(role, k, pair, group.leaves, own, roles))
     return _Plan(blocks, pairs)
 

@@ -204,11 +204,12 @@ def _step(
         task.net, task.loss, params, x, y, key=key, outputs=bool(task.metrics)
     )
 
-    def value_fn(params: PyTree) -> Array:  # for optimizers that search along a line
+    # For optimizers that search along a line, or ask for the curvature.
+    def value_fn(params: PyTree) -> Array:
         return jnp.mean(costs(task.net, task.loss, params, x, y, key))
 
     updates, opt_state = optax.with_extra_args_support(task.optimizer).update(
-        grads, opt_state, params, value=value, grad=grads, value_fn=value_fn
+        grads, opt_state, params, value=value, grad=grads, value_fn=value_fn, batch=(x, y)
     )
     means = {"loss": value} | {k: jnp.mean(v) for k, v in measure(task.metrics, outputs, y)}
     return optax.apply_updates(params, updates), opt_state, means

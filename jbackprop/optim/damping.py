@@ -1,0 +1,132 @@
+"""Damping: how far the quadratic model of the cost is trusted."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from jbackprop.factored import PyTree, widest_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class LevenbergMarquardt:
+    """Damping that follows how well the quadratic model foretold the last step.
+
+    Every so many steps, with the step d, the model M(d) = g . d + d . (G + lambda I) d / 2 and
+
+        rho = (C(theta + d) - C(theta)) / M(d)
+
+    lambda is multiplied by factor^every where rho > 3/4, and divided by it where rho < 1/4 (or is
+    not finite). It costs one forward sweep and a product with G.
+
+    Source: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate
+    curvature (2015), section 6.5.
+
+    Attributes:
+        initial: lambda to begin with.
+        every: how often, in steps.
+        factor: between 0 and 1.
+        least, most: where lambda ends.
+    """
+
+    initial: float = 1.0
+    every: int = 5
+    factor: float = 0.95
+    least: float = 1e-8
+    most: float = 1e8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.least <= self.initial <= self.most < math.inf:
+            raise ValueError(
+                f"LevenbergMarquardt: 0 < least <= initial <= most is needed, not {self.least}, "
+                f"{self.initial}, {self.most}"
+            )
+        if isinstance(self.every, bool) or not hasattr(self.every, "__index__") or self.every < 1:
+            raise ValueError(
+                f"LevenbergMarquardt: every must be an int of at least 1, not {self.every!r}"
+            )
+        if not 0 < self.factor < 1:
+            raise ValueError(f"LevenbergMarquardt: factor must be in (0, 1), not {self.factor}")
+
+    def adapted(self, damping: Array, ratio: Array) -> Array:
+        """lambda after a look at rho."""
+        step = jnp.asarray(self.factor**self.every, damping.dtype)
+        up = ~(ratio >= 0.25)  # also where it is NaN
+        new = jnp.where(ratio > 0.75, damping * step, jnp.where(up, damping / step, damping))
+        return jnp.clip(new, self.least, self.most)
+
+
+Damping = float | LevenbergMarquardt
+
+
+def check_damping(damping: Any) -> None:
+    """Raise unless it is a positive number or a rule."""
+    if isinstance(damping, LevenbergMarquardt):
+        return
+    if (
+        isinstance(damping, bool)
+        or not isinstance(damping, float | int)
+        or not 0 < damping < math.inf
+    ):
+        raise ValueError(
+            f"damping must be a positive number, or LevenbergMarquardt(...), not {damping!r}"
+        )
+
+
+def initial(damping: Damping) -> Array:
+    """lambda to begin with."""
+    return jnp.asarray(
+        damping.initial if isinstance(damping, LevenbergMarquardt) else damping, float
+    )
+
+
+def next_damping(
+    rule: Damping,
+    damping: Array,
+    count: Array,
+    step: PyTree,
+    grads: PyTree,
+    params: PyTree,
+    product: Callable[[PyTree], PyTree],
+    value: Array | None,
+    value_fn: Callable[[PyTree], Array] | None,
+) -> Array:
+    """lambda for the next step; `product` is that with G."""
+    if not isinstance(rule, LevenbergMarquardt):
+        return damping
+    if value is None or value_fn is None:
+        raise TypeError(
+            "LevenbergMarquardt compares costs: give update(..., value=cost, value_fn=f) with f a "
+            "function of params, as jbackprop.fit does; or take a fixed damping"
+        )
+    rule_, value_, value_fn_ = rule, value, value_fn
+
+    def look() -> Array:
+        found = value_fn_(optax.apply_updates(params, step)) - value_
+        model = inner(grads, step) + quadratic(product(step), step, step, damping) / 2
+        return rule_.adapted(damping, found.astype(damping.dtype) / model.astype(damping.dtype))
+
+    return lax.cond(count % rule.every == rule.every - 1, look, lambda: damping)
+
+
+def inner(one: PyTree, other: PyTree) -> Array:
+    """The inner product of two trees, in float32 at least."""
+    leaves = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    products = []
+    for u, v in leaves:
+        dtype = jnp.promote_types(jnp.float32, widest_dtype([u.dtype, v.dtype]))
+        products.append(jnp.vdot(u.astype(dtype), v.astype(dtype)))
+    return jnp.sum(jnp.stack(products)) if products else jnp.zeros(())
+
+
+def quadratic(curved: PyTree, one: PyTree, other: PyTree, damping: Array) -> Array:
+    """one . (G + lambda I) other, from G other."""
+    found = inner(one, curved)
+    return found + damping.astype(found.dtype) * inner(one, other)

@@ -1,0 +1,122 @@
+"""Gauss-Newton steps by conjugate gradients: "Hessian-free" optimization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jbackprop.curvature.products import ggn_of
+from jbackprop.curvature.sweeps import Model, check_model, check_number
+from jbackprop.factored import PyTree
+from jbackprop.losses import Loss
+from jbackprop.optim.damping import (
+    Damping,
+    LevenbergMarquardt,
+    check_damping,
+    initial,
+    next_damping,
+)
+
+
+class HessianFreeState(NamedTuple):
+    """The state of `hessian_free`.
+
+    Attributes:
+        count: steps so far.
+        damping: lambda.
+        step: the last step, like params; the next search begins near it.
+    """
+
+    count: Array
+    damping: Array
+    step: PyTree
+
+
+def hessian_free(
+    net: Model,
+    loss: Loss,
+    learning_rate: float | Callable[[Any], Any] = 1.0,
+    *,
+    damping: Damping = LevenbergMarquardt(),  # noqa: B008, it is immutable
+    iterations: int = 50,
+    tolerance: float = 1e-4,
+    warm_start: float = 0.95,
+) -> optax.GradientTransformationExtraArgs:
+    """Gauss-Newton steps on the mini-batch, each solved by conjugate gradients.
+
+    d minimises g . d + d . (G + lambda I) d / 2, up to `iterations` of conjugate gradients
+    (`jax.scipy.sparse.linalg.cg`), which ask for products with G alone; the search begins at
+    warm_start times the last d. For large batches: about two gradients' work each iteration.
+
+    The update needs the mini-batch: `update(grads, state, params, batch=(x, y))`, as
+    `jbackprop.fit` calls it; with `LevenbergMarquardt` also value and value_fn.
+
+    Source: Martens, Deep learning via Hessian-free optimization (2010), section 4.
+
+    Args:
+        net: a layer or a composite; or a function (params, one example's x) -> outputs z.
+        loss: a `Loss` that has a `hessian_product`.
+        learning_rate: what d is multiplied with; a number, or a schedule of the count of steps.
+        damping: lambda, a positive number, or `LevenbergMarquardt(...)`.
+        iterations: at most so many.
+        tolerance: of the residual, relative to |g|, at which the search ends.
+        warm_start: from 0 to 1.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with the state `HessianFreeState`.
+
+    Raises:
+        ValueError: options out of range; all that `jbackprop.curvature.ggn_product` refuses.
+        TypeError: an update without params or batch.
+    """
+    check_damping(damping)
+    check_number("iterations", iterations)
+    if not 0 <= warm_start <= 1:
+        raise ValueError(f"warm_start must be from 0 to 1, not {warm_start}")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must not be negative, not {tolerance}")
+
+    def init(params: PyTree) -> HessianFreeState:
+        step = jax.tree.map(jnp.zeros_like, params)
+        return HessianFreeState(jnp.zeros((), jnp.int32), initial(damping), step)
+
+    def update(
+        grads: PyTree,
+        state: HessianFreeState,
+        params: PyTree | None = None,
+        *,
+        batch: tuple[Any, Any] | None = None,
+        value: Array | None = None,
+        value_fn: Callable[[PyTree], Array] | None = None,
+        **_: Any,
+    ) -> tuple[PyTree, HessianFreeState]:
+        if params is None or batch is None:
+            raise TypeError(
+                "hessian_free needs the parameters and the mini-batch: call "
+                "update(grads, state, params, batch=(x, y))"
+            )
+        x, y = batch
+        check_model(net, loss, params, x, y)
+        product = ggn_of(net, loss, params, x, y)
+
+        def damped(v: PyTree) -> PyTree:
+            return jax.tree.map(lambda h, v: h + state.damping.astype(v.dtype) * v, product(v), v)
+
+        start = jax.tree.map(lambda v: jnp.asarray(warm_start, v.dtype) * v, state.step)
+        down = jax.tree.map(jnp.negative, grads)
+        solved = jax.scipy.sparse.linalg.cg(damped, down, start, tol=tolerance, maxiter=iterations)[
+            0
+        ]
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        step = jax.tree.map(lambda v: jnp.asarray(rate, v.dtype) * v, solved)
+        new = next_damping(
+            damping, state.damping, state.count, step, grads, params, product, value, value_fn
+        )
+        return step, HessianFreeState(state.count + 1, new, solved)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,230 @@
+"""K-FAC: the natural gradient, Kronecker-factored, as an Optax gradient transformation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from jbackprop import curvature
+from jbackprop.curvature.blocks import BlockDiagonal
+from jbackprop.curvature.kfac import Sharing
+from jbackprop.curvature.products import ggn_of
+from jbackprop.curvature.roots import MonteCarlo, Roots
+from jbackprop.curvature.sweeps import Model, check_number
+from jbackprop.factored import PyTree
+from jbackprop.losses import Loss
+from jbackprop.optim.damping import Damping, check_damping, initial, inner, next_damping, quadratic
+
+Rate = float | Callable[[Any], Any]
+
+
+class KfacState(NamedTuple):
+    """The state of `kfac`.
+
+    Attributes:
+        count: steps so far.
+        key: of the next step.
+        factors: the running average.
+        basis: the same in its eigenbasis, as of the last inversion.
+        damping: lambda.
+        step: the last step, like params.
+    """
+
+    count: Array
+    key: Array
+    factors: BlockDiagonal
+    basis: BlockDiagonal
+    damping: Array
+    step: PyTree
+
+
+def kfac(
+    net: Model,
+    loss: Loss,
+    example: tuple[Any, Any],
+    learning_rate: Rate | None = None,
+    *,
+    key: Array,
+    damping: Damping = 1e-3,
+    momentum: float | None = 0.9,
+    decay: float = 0.95,
+    factors_every: int = 1,
+    invert_every: int = 10,
+    norm_constraint: float | None = None,
+    roots: Roots = MonteCarlo(),  # noqa: B008, it is immutable
+    sharing: Sharing = "expand",
+    joint_bias: bool = True,
+    corrected: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Natural gradient descent with Kronecker factors of the curvature.
+
+    In every step, with the gradient g of the mini-batch's mean cost, running averages of the
+    factors (`jbackprop.curvature.kfac`), and the damping lambda,
+
+        p = (A (x) G + lambda I)^-1 g                     in the factors' eigenbasis: exactly
+        p = p min(1, sqrt(norm_constraint / (learning_rate^2 p . g)))       "KL clip"
+        d = momentum * (the last d) - learning_rate * p
+
+    Without a learning rate, rate and momentum are those that minimise the quadratic model
+    M(d) = g . d + d . (F + lambda I) d / 2 over both, with F the Gauss-Newton matrix itself: two
+    products more in each step, and nothing to tune.
+
+    The update needs the mini-batch: `update(grads, state, params, batch=(x, y))`, as
+    `jbackprop.fit` calls it. In `optax.chain` it belongs last: what it gives is the step.
+
+    Source: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate
+    curvature (2015), algorithm 2, sections 5 (averages), 6.4 and 7 (rate and momentum); the damping
+    in the eigenbasis, and `corrected`, George, Laurent, Bouthillier, Ballas and Vincent, Fast
+    approximate natural gradient descent in a Kronecker-factored eigenbasis (2018); the norm
+    constraint, Ba, Grosse and Martens, Distributed second-order optimization using Kronecker-
+    factored approximations (2017), section 5.
+
+    Args:
+        net: a layer or a composite; or a function (params, one example's x) -> outputs z.
+        loss: a `Loss` that has a `hessian_root`.
+        example: a mini-batch (x, y) of any size; only its shapes are used.
+        learning_rate: a number, a schedule of the count of steps, or None.
+        key: for random targets, and for layers that draw.
+        damping: lambda, a positive number, or `LevenbergMarquardt(...)`.
+        momentum: from 0 to 1; with no learning rate it is found, and this must be left alone.
+        decay: of the averages: min(1 - 1/t, decay) at their update t.
+        factors_every: how often the factors are updated, in steps.
+        invert_every: how often their eigenvectors are found anew.
+        norm_constraint: positive, or None; with a learning rate only.
+        roots, sharing, joint_bias: as in `jbackprop.curvature.kfac`.
+        corrected: whether eigenvalues are those of `jbackprop.curvature.ekfac`, of the mini-batch
+            of the last inversion.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with the state `KfacState`.
+
+    Raises:
+        ValueError: options out of range; all that `jbackprop.curvature.kfac` refuses.
+        TypeError: an update without params or batch.
+    """
+    check_damping(damping)
+    for name, number in (("factors_every", factors_every), ("invert_every", invert_every)):
+        check_number(name, number)
+    for name, share in (("decay", decay), ("momentum", momentum)):
+        if share is not None and not 0 <= share < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, not {share}")
+    if norm_constraint is not None and not 0 < norm_constraint < math.inf:
+        raise ValueError(f"norm_constraint must be positive, or None, not {norm_constraint}")
+    if norm_constraint is not None and learning_rate is None:
+        raise ValueError("norm_constraint bounds a step of a given learning rate: give one")
+    if not (isinstance(example, tuple | list) and len(example) == 2):
+        raise TypeError("example must be a mini-batch (x, y), of which only shapes are used")
+
+    def factors_of(params: PyTree, x: Any, y: Any, key: Array) -> BlockDiagonal:
+        return curvature.kfac(
+            net, loss, params, x, y, roots, key=key, sharing=sharing, joint_bias=joint_bias
+        )
+
+    def basis_of(
+        factors: BlockDiagonal, params: PyTree, x: Any, y: Any, key: Array
+    ) -> BlockDiagonal:
+        if not corrected:
+            return factors.decomposed()
+        basis = factors.decomposed()
+        return curvature.ekfac(net, loss, params, x, y, roots, key=key, basis=basis)
+
+    def init(params: PyTree) -> KfacState:
+        shapes = jax.eval_shape(factors_of, params, *example, key)
+        factors = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
+        basis = jax.tree.map(
+            lambda v: jnp.zeros(v.shape, v.dtype),
+            jax.eval_shape(lambda factors: factors.decomposed(), factors),
+        )
+        step = jax.tree.map(jnp.zeros_like, params)
+        return KfacState(jnp.zeros((), jnp.int32), key, factors, basis, initial(damping), step)
+
+    def update(
+        grads: PyTree,
+        state: KfacState,
+        params: PyTree | None = None,
+        *,
+        batch: tuple[Any, Any] | None = None,
+        value: Array | None = None,
+        value_fn: Callable[[PyTree], Array] | None = None,
+        **_: Any,
+    ) -> tuple[PyTree, KfacState]:
+        if params is None or batch is None:
+            raise TypeError(
+                "K-FAC needs the parameters and the mini-batch: call "
+                "update(grads, state, params, batch=(x, y))"
+            )
+        x, y = batch
+        count, own, drawn, again = state.count, *jax.random.split(state.key, 3)
+
+        def averaged() -> BlockDiagonal:
+            number = (count // factors_every).astype(float)
+            share = jnp.minimum(number / (number + 1), decay)
+            return curvature.update_average(state.factors, factors_of(params, x, y, drawn), share)
+
+        factors = lax.cond(count % factors_every == 0, averaged, lambda: state.factors)
+        basis = lax.cond(
+            count % invert_every == 0,
+            lambda: basis_of(factors, params, x, y, again),
+            lambda: state.basis,
+        )
+        natural = basis.solve(grads, state.damping)
+        product = ggn_of(net, loss, params, x, y)
+        if learning_rate is None:
+            step = _minimising(grads, natural, state, product)
+        else:
+            rate = learning_rate(count) if callable(learning_rate) else learning_rate
+            step = _given(grads, natural, state, rate, momentum or 0.0, norm_constraint)
+        new = next_damping(
+            damping, state.damping, count, step, grads, params, product, value, value_fn
+        )
+        return step, KfacState(count + 1, own, factors, basis, new, step)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _given(
+    grads: PyTree,
+    natural: PyTree,
+    state: KfacState,
+    rate: Any,
+    momentum: float,
+    norm_constraint: float | None,
+) -> PyTree:
+    """momentum * (the last step) - rate * natural, constrained."""
+    if norm_constraint is not None:
+        square = rate**2 * inner(natural, grads)  # of a positive definite matrix: not negative
+        rate = rate * jnp.minimum(1, jnp.sqrt(norm_constraint / jnp.maximum(square, 1e-30)))
+    return jax.tree.map(
+        lambda last, p: jnp.asarray(momentum, p.dtype) * last - jnp.asarray(rate, p.dtype) * p,
+        state.step,
+        natural,
+    )
+
+
+def _minimising(
+    grads: PyTree, natural: PyTree, state: KfacState, product: Callable[[PyTree], PyTree]
+) -> PyTree:
+    """The best step in the plane of -natural and the last step, by the quadratic model."""
+    down = jax.tree.map(jnp.negative, natural)
+    both = jax.tree.map(lambda *v: jnp.stack(v), down, state.step)
+    curved = jax.vmap(product)(both)
+    one, last = (jax.tree.map(lambda v, k=k: v[k], curved) for k in (0, 1))
+    damping = state.damping
+    aa, ab = quadratic(one, down, down, damping), quadratic(last, down, state.step, damping)
+    bb = quadratic(last, state.step, state.step, damping)
+    ga, gb = inner(grads, down), inner(grads, state.step)
+    determinant = aa * bb - ab * ab
+    together = determinant > 1e-6 * aa * bb  # else they are nearly one direction, or one is 0
+    safe = jnp.where(together, determinant, 1)
+    alone = -ga / jnp.where(aa > 0, aa, 1)
+    alpha = jnp.where(together, (-ga * bb + gb * ab) / safe, alone)
+    mu = jnp.where(together, (-gb * aa + ga * ab) / safe, 0)
+    return jax.tree.map(
+        lambda v, last: alpha.astype(v.dtype) * v + mu.astype(v.dtype) * last, down, state.step
+    )
