@@ -70,11 +70,8 @@ def check_damping(damping: Any) -> None:
     """Raise unless it is a positive number or a rule."""
     if isinstance(damping, LevenbergMarquardt):
         return
-    if (
-        isinstance(damping, bool)
-        or not isinstance(damping, float | int)
-        or not 0 < damping < math.inf
-    ):
+    number = isinstance(damping, float | int) and not isinstance(damping, bool)
+    if not (number and 0 < damping < math.inf):
         raise ValueError(
             f"damping must be a positive number, or LevenbergMarquardt(...), not {damping!r}"
         )
@@ -82,15 +79,14 @@ def check_damping(damping: Any) -> None:
 
 def initial(damping: Damping) -> Array:
     """lambda to begin with."""
-    return jnp.asarray(
-        damping.initial if isinstance(damping, LevenbergMarquardt) else damping, float
-    )
+    first = damping.initial if isinstance(damping, LevenbergMarquardt) else damping
+    return jnp.asarray(first, float)
 
 
 def next_damping(
     rule: Damping,
     damping: Array,
-    count: Array,
+    steps: Array,
     step: PyTree,
     grads: PyTree,
     params: PyTree,
@@ -113,7 +109,7 @@ def next_damping(
         model = inner(grads, step) + quadratic(product(step), step, step, damping) / 2
         return rule_.adapted(damping, found.astype(damping.dtype) / model.astype(damping.dtype))
 
-    return lax.cond(count % rule.every == rule.every - 1, look, lambda: damping)
+    return lax.cond(steps % rule.every == rule.every - 1, look, lambda: damping)
 
 
 def inner(one: PyTree, other: PyTree) -> Array:

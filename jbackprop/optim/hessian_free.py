@@ -27,12 +27,12 @@ class HessianFreeState(NamedTuple):
     """The state of `hessian_free`.
 
     Attributes:
-        count: steps so far.
+        steps: so far.
         damping: lambda.
         step: the last step, like params; the next search begins near it.
     """
 
-    count: Array
+    steps: Array
     damping: Array
     step: PyTree
 
@@ -112,11 +112,11 @@ def hessian_free(
         solved = jax.scipy.sparse.linalg.cg(damped, down, start, tol=tolerance, maxiter=iterations)[
             0
         ]
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
         step = jax.tree.map(lambda v: jnp.asarray(rate, v.dtype) * v, solved)
         new = next_damping(
-            damping, state.damping, state.count, step, grads, params, product, value, value_fn
+            damping, state.damping, state.steps, step, grads, params, product, value, value_fn
         )
-        return step, HessianFreeState(state.count + 1, new, solved)
+        return step, HessianFreeState(state.steps + 1, new, solved)
 
     return optax.GradientTransformationExtraArgs(init, update)

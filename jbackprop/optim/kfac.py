@@ -28,7 +28,7 @@ class KfacState(NamedTuple):
     """The state of `kfac`.
 
     Attributes:
-        count: steps so far.
+        steps: so far.
         key: of the next step.
         factors: the running average.
         basis: the same in its eigenbasis, as of the last inversion.
@@ -36,7 +36,7 @@ class KfacState(NamedTuple):
         step: the last step, like params.
     """
 
-    count: Array
+    steps: Array
     key: Array
     factors: BlockDiagonal
     basis: BlockDiagonal
@@ -160,16 +160,16 @@ def kfac(
                 "update(grads, state, params, batch=(x, y))"
             )
         x, y = batch
-        count, own, drawn, again = state.count, *jax.random.split(state.key, 3)
+        steps, own, drawn, again = state.steps, *jax.random.split(state.key, 3)
 
         def averaged() -> BlockDiagonal:
-            number = (count // factors_every).astype(float)
+            number = (steps // factors_every).astype(float)
             share = jnp.minimum(number / (number + 1), decay)
             return curvature.update_average(state.factors, factors_of(params, x, y, drawn), share)
 
-        factors = lax.cond(count % factors_every == 0, averaged, lambda: state.factors)
+        factors = lax.cond(steps % factors_every == 0, averaged, lambda: state.factors)
         basis = lax.cond(
-            count % invert_every == 0,
+            steps % invert_every == 0,
             lambda: basis_of(factors, params, x, y, again),
             lambda: state.basis,
         )
@@ -178,12 +178,12 @@ def kfac(
         if learning_rate is None:
             step = _minimising(grads, natural, state, product)
         else:
-            rate = learning_rate(count) if callable(learning_rate) else learning_rate
+            rate = learning_rate(steps) if callable(learning_rate) else learning_rate
             step = _given(grads, natural, state, rate, momentum or 0.0, norm_constraint)
         new = next_damping(
-            damping, state.damping, count, step, grads, params, product, value, value_fn
+            damping, state.damping, steps, step, grads, params, product, value, value_fn
         )
-        return step, KfacState(count + 1, own, factors, basis, new, step)
+        return step, KfacState(steps + 1, own, factors, basis, new, step)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
