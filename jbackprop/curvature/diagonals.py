@@ -173,6 +173,8 @@ def _rooted(pair: Factored) -> Factored | None:
 
 def _written_out(pair: Outer | Patches) -> Array:
     """sum_nv (sum_t a_nt (outer) S_nvt)^2."""
+    if lax.axis_size(DELTAS) == 1:
+        return lax.psum(pair.second_moment(), DELTAS)
     entries = math.prod(pair.home.shape) * lax.axis_size(DELTAS)
     return canonical_home(pair).restore(by_blocks(pair, _squares, entries))
 
@@ -185,9 +187,9 @@ def _squares(a: Array, deltas: Array) -> Array:
     return jnp.sum(jnp.square(einsum("ngti,nvgto->ngivo", a, deltas)), axis=(0, 3))
 
 
-def with_ones(a: Array) -> Array:
-    """a (..., i) with a further input that is always 1."""
-    return jnp.concatenate([a, jnp.ones((*a.shape[:-1], 1), a.dtype)], axis=-1)
+def with_last(a: Array, value: float) -> Array:
+    """a (..., i) with a further input that is always the same."""
+    return jnp.concatenate([a, jnp.full((*a.shape[:-1], 1), value, a.dtype)], axis=-1)
 
 
 def turned_second_moment(pair: Any, u: Array | None, v: Array) -> Array:
@@ -203,7 +205,7 @@ def turned_second_moment(pair: Any, u: Array | None, v: Array) -> Array:
         return second_moment(dataclasses.replace(pair.with_deltas(turn), place=place))
 
     def some(a: Array, deltas: Array) -> Array:
-        a = with_ones(a) if a.shape[-1] < u.shape[-1] else a
+        a = with_last(a, 1) if a.shape[-1] < u.shape[-1] else a
         a = einsum("ngti,gij->ngtj", a.astype(dtype), u)
         return _squares(a, jax.vmap(turn, 1, 1)(deltas))
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jbackprop.curvature.blocks import BlockDiagonal, Diagonal, Eigen, Kronecker, Where
-from jbackprop.curvature.diagonals import second_moment, turned_second_moment, with_ones
+from jbackprop.curvature.diagonals import second_moment, turned_second_moment, with_last
 from jbackprop.curvature.products import shapes_of
 from jbackprop.curvature.roots import MonteCarlo, Roots
 from jbackprop.curvature.sweeps import (
@@ -25,6 +25,7 @@ from jbackprop.curvature.sweeps import (
     canonical_home,
     check_model,
     check_number,
+    in_blocks_of,
     layers_of,
     over_deltas,
     pairs_of,
@@ -292,9 +293,11 @@ def _kfac(
     joint_bias, n = joint_bias and isinstance(net, Node), batch_size(x)
     plan = _planned(net, params, x, sharing, joint_bias)
 
+    blocks, _ = in_blocks_of(net, roots, params, x, chunk)
+
     def ask(pairs: Sequence[Factored], aux: Sequence[Any]) -> list[PyTree]:
         roles = _roles(pairs, sharing, joint_bias)
-        return [_factors(role, pair, sharing) for role, pair in zip(roles, pairs, strict=True)]
+        return [_factors(*own, sharing, blocks) for own in zip(roles, pairs, strict=True)]
 
     found = over_deltas(net, loss, roots, params, x, y, key, ask, chunk=chunk)
     tree: Any = jax.tree.structure(params)
@@ -304,12 +307,11 @@ def _kfac(
         own = every[where.leaves[0]]
         if role is _Role.DIAGONAL:
             return Diagonal(own / n, where)
-        g = own.g.reshape(-1, *own.g.shape[-2:]) / n
+        g = own.g.reshape(-1, *own.g.shape[-2:])
         if role is _Role.BIAS:
             return Kronecker(jnp.ones((g.shape[0], 1), g.dtype), g, where)
-        a = own.a / own.counted.reshape(own.counted.shape + (1,) * (own.a.ndim - own.counted.ndim))
         sides = 1 if isinstance(plan.pairs[where.leaves[0]], Lookup) else 2
-        return Kronecker(a.reshape(-1, *a.shape[a.ndim - sides :]), g, where)
+        return Kronecker(own.a.reshape(-1, *own.a.shape[own.a.ndim - sides :]), g, where)
 
     return _assembled(params, plan, block)
 
@@ -320,52 +322,57 @@ def _assembled(params: PyTree, plan: _Plan, block: Any) -> BlockDiagonal:
 
 
 class _Factors(NamedTuple):
-    """Sums over the examples: of a a^T (None for a bias) and S S^T, and how many a were counted."""
+    """A and G of one parameter; a bias by itself has no A."""
 
     a: Array | None
     g: Array
-    counted: Array
 
 
-def _factors(role: _Role, pair: Any, sharing: Sharing) -> Any:
-    """What is collected of one parameter, under the vmap over deltas."""
+def _factors(role: _Role, pair: Any, sharing: Sharing, blocks: int) -> Any:
+    """What is collected of one parameter, under the vmap over the deltas of one of some blocks.
+
+    What is divided by is divided by first, its root: the pairs are smaller than the factors.
+    """
     if role is _Role.IN_MATRIX:
         return ()
     if role is _Role.DIAGONAL:
         return second_moment(pair)
     dtype = wide_dtype(pair.delta.dtype)
-    positions = 1 if sharing == "reduce" else math.prod(pair.delta.shape[2:-1])
-    count = jnp.asarray(float(pair.size * positions), dtype)
+    counted = 1 if sharing == "reduce" else math.prod(pair.delta.shape[2:-1])
+    share = (pair.size * max(counted, 1) * blocks) ** -0.5  # of A: it is found for every block
+    pair = pair.with_deltas(lambda d: d.astype(dtype) * pair.size**-0.5)
     if isinstance(pair, Shift | Lookup):
         deltas = pair.delta
         if isinstance(pair, Shift):  # exact: the sum over the positions comes first
-            deltas = jnp.sum(deltas, axis=2, keepdims=True, dtype=dtype)
+            deltas = jnp.sum(deltas, axis=2, keepdims=True)
         g = _gram(lax.all_gather(deltas, DELTAS).reshape(-1, *deltas.shape[1:]))
         if isinstance(pair, Shift):
-            return _Factors(None, g, count)
-        ones = jnp.ones((*pair.ids.shape, 1), dtype)
+            return _Factors(None, g)
+        ones = jnp.full((*pair.ids.shape, 1), share**2, dtype)
         place = Place((pair.ids.shape[1], pair.rows, 1), dtype)
-        return _Factors(Lookup(pair.ids, ones, pair.rows, place).total()[..., 0], g, count)
+        return _Factors(Lookup(pair.ids, ones, pair.rows, place).total()[..., 0], g)
 
-    def some(a: Array, deltas: Array) -> tuple[Array, Array]:
+    def some(a: Array, deltas: Array) -> _Factors:
         if sharing == "reduce":
-            a = jnp.mean(a, axis=2, keepdims=True, dtype=wide_dtype(a.dtype))
-            deltas = jnp.sum(deltas, axis=3, keepdims=True, dtype=dtype)
+            a = jnp.mean(a, axis=2, keepdims=True)
+            deltas = jnp.sum(deltas, axis=3, keepdims=True)
         if role is _Role.WITH_BIAS:
-            a = with_ones(a)
-        return _gram(a), _gram(deltas.reshape(-1, *deltas.shape[2:]))
+            a = with_last(a, share)
+        return _Factors(_gram(a), _gram(deltas.reshape(-1, *deltas.shape[2:])))
 
-    return _Factors(*by_blocks(pair, some, 0), count)
+    pair = dataclasses.replace(pair, a=pair.a.astype(wide_dtype(pair.a.dtype)) * share)
+    return by_blocks(pair, some, 0)
 
 
 def _gram(v: Array) -> Array:
-    """sum_nt v (outer) v for each group: (n, G, T, f) -> (G, f, f), in float32 at least.
+    """sum_nt v (outer) v for each group: (n, G, T, f) -> (G, f, f).
 
-    Of wide matrices only what is on the diagonal or above, in some slabs: the rest is the same.
+    Of many rows only what is on the diagonal or above is found, in some slabs: the rest is the
+    same, and copying it takes less time than as many products.
     """
     n, groups, t, f = v.shape
     slabs = min(4, f // _SLAB)
-    if groups != 1 or slabs < 2:
+    if groups != 1 or slabs < 2 or n * t < 2 * f:
         return einsum("ngti,ngtj->gij", v, v)
     rows, width = v.reshape(n * t, f), -(-f // slabs)
     starts = range(0, f, width)
@@ -375,7 +382,7 @@ def _gram(v: Array) -> Array:
     return (whole + jnp.triu(whole, 1).T)[None]
 
 
-_SLAB = 192
+_SLAB = 64
 """Columns that are worth a product of their own."""
 
 

@@ -144,12 +144,9 @@ def over_deltas(
             return _of_program(program, of_example, own, ask, aux)
 
     number = roots.number(z.shape)
-    if chunk is None:
-        chunk = max(1, AT_ONCE // max(1, widest(net, params, x)))
-    blocks = -(-number // chunk)
+    blocks, chunk = in_blocks_of(net, roots, params, x, chunk)
     if blocks == 1:
         return some(jnp.arange(number))
-    chunk = -(-number // blocks)
     starts = jnp.arange(blocks) * chunk
     nothing = jax.tree.map(
         lambda v: jnp.zeros(v.shape, v.dtype), jax.eval_shape(some, jnp.arange(chunk))
@@ -159,6 +156,18 @@ def over_deltas(
         return jax.tree.map(jnp.add, so_far, some(start + jnp.arange(chunk))), None
 
     return lax.scan(step, nothing, starts)[0]
+
+
+def in_blocks_of(
+    net: Model, roots: Roots, params: PyTree, x: Any, chunk: int | None
+) -> tuple[int, int]:
+    """In how many blocks the deltas are swept, and how many are in one."""
+    z = jax.eval_shape(lambda params, x: outputs_of(net, params, x), params, x)
+    number = roots.number(z.shape)
+    if chunk is None:
+        chunk = AT_ONCE // max(1, _widest(net, params, x)) if number > 1 else 1
+    blocks = -(-number // max(1, chunk))
+    return blocks, -(-number // blocks)
 
 
 def _there(columns: Columns, at: Array, number: int) -> Array:
@@ -217,7 +226,7 @@ def _siblings(tree: Any, pairs: Sequence[Factored]) -> list[Group]:
     return [Group(name, tuple(leaves)) for (name, _), leaves in found.items()]
 
 
-def widest(net: Model, params: PyTree, x: Any) -> int:
+def _widest(net: Model, params: PyTree, x: Any) -> int:
     """How many numbers the deltas of one layer have, at most; of a function, of all of them."""
     sizes = []
     for pair in pairs_of(net, params, x):
