@@ -3,8 +3,8 @@
 python benchmarks/curvature.py [--seconds S] [--only NAME] [--batch B] [--torch PYTHON] [--out FILE]
 
 The unit of time is `jit(jax.value_and_grad)` of the same network in plain JAX, taken in turns with
-each contestant; that of memory is what the compiler states for it. BackPACK runs in a process of its
-own, in units of its own eager `loss.backward()`. All is about the mean cost of the mini-batch.
+each contestant; that of memory is what the compiler states for it. BackPACK runs in a process of
+its own, in units of its own eager `loss.backward()`. All is about the mean cost of the mini-batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -121,8 +120,8 @@ def measure(problem: Problem, quantity: str, options: Any) -> list[Result]:
         own = GOALS[quantity] if person.kind == "ours" else None
         results.append(Result(load, person.name, person.kind, goal=own, **found))
     if options.torch:
-        answer = None if quantity in (*RANDOM, "kflr") else wanted
-        rows = torch_peers(problem, quantity, {} if answer is None else answer, options)
+        answer = wanted if quantity == "diag_exact" else {}
+        rows = torch_peers(problem, quantity, answer, options, "curvature_torch.py")
         results += [Result(load, **row) for row in rows]
     best = min((r.time for r in results if r.kind == "ours" and r.time), default=None)
     return [
@@ -158,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

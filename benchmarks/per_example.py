@@ -183,7 +183,7 @@ class Result:
     compile: float | None = None
     difference: float | None = None
     over_ours: float | None = None
-    goal: tuple[float | None, float] | None = None
+    goal: tuple[float | None, float | None] | None = None
     note: str = ""
 
 
@@ -237,7 +237,13 @@ def compete(problem: Problem, person: Contestant, unit: Any, wanted: Any, option
     return found | {"milliseconds": 1e3 * statistics.median(b for _, b in times)}, wanted
 
 
-def torch_peers(problem: Problem, quantity: str, wanted: Any, options: Any) -> Iterator[Any]:
+def torch_peers(
+    problem: Problem,
+    quantity: str,
+    wanted: Any,
+    options: Any,
+    script_name: str = "per_example_torch.py",
+) -> Iterator[Any]:
     """The same fields, and names, of the peers for PyTorch, from a process of their own."""
     params, x, y = problem.data
     arrays = {"x": np.asarray(x), "y": np.asarray(y)}
@@ -245,7 +251,7 @@ def torch_peers(problem: Problem, quantity: str, wanted: Any, options: Any) -> I
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             key = jax.tree_util.keystr(path, simple=True, separator="/")
             arrays[f"{name}/{key}"] = np.asarray(leaf)
-    script = Path(__file__).parent / "plain" / "per_example_torch.py"
+    script = Path(__file__).parent / "plain" / script_name
     limits = {"seconds": options.seconds, "gib": options.gib, "threads": machine()["cores"]}
     with tempfile.TemporaryDirectory() as folder:
         np.savez(file := Path(folder) / "problem.npz", **arrays)  # type: ignore[arg-type]
