@@ -23,7 +23,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jbackprop.curvature.products import check_vector
 from jbackprop.factored import Place, PyTree
@@ -152,15 +152,26 @@ class Kronecker(Block):
         return jnp.sum(a * jnp.trace(self.g, axis1=1, axis2=2))
 
     def decomposed(self) -> Eigen:
-        alpha, u = (self.a, None) if self.a.ndim == 2 else _eigh(self.a)
-        gamma, v = _eigh(self.g)
+        alpha, u = (self.a, None) if self.a.ndim == 2 else eigh(self.a)
+        gamma, v = eigh(self.g)
+        alpha, gamma = (jnp.maximum(v, 0) for v in (alpha, gamma))  # below 0 by rounding
         return Eigen(alpha[:, :, None] * gamma[:, None, :], u, v, self.where)
 
 
-def _eigh(matrix: Array) -> tuple[Array, Array]:
-    """Eigenvalues, those below 0 by rounding taken for 0, and eigenvectors."""
-    values, vectors = jnp.linalg.eigh(matrix)
-    return jnp.maximum(values, 0), vectors
+def eigh(matrices: Array) -> tuple[Array, Array]:
+    """Eigenvalues and eigenvectors of symmetric matrices (n, f, f), one after the other.
+
+    Several at once are spread over XLA's threads on a CPU; and where two such calls wait for each
+    other's threads, for ever, on machines of few cores (seen with jaxlib 0.10.2).
+    """
+
+    def one(matrix: Array) -> tuple[Array, Array]:
+        values, vectors = jnp.linalg.eigh(matrix)
+        return values, vectors
+
+    if matrices.shape[0] == 1:
+        return jax.tree.map(lambda v: v[None], one(matrices[0]))
+    return lax.map(one, matrices)
 
 
 @_block("values", "u", "v")

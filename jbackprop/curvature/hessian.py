@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from jbackprop.check.programs import reached
+from jbackprop.curvature.blocks import eigh
 from jbackprop.curvature.products import hessian_of
 from jbackprop.curvature.sweeps import Model, check_model, check_number, two_keys
 from jbackprop.factored import Factored, PyTree, is_factored
@@ -242,7 +243,7 @@ def _by_eigenvectors(
     hessian: Array,
     chunk: int | None,
 ) -> PyTree:
-    values, vectors = jnp.linalg.eigh((hessian + jnp.matrix_transpose(hessian)) / 2)
+    values, vectors = eigh((hessian + jnp.matrix_transpose(hessian)) / 2)
     roots = jnp.moveaxis(jnp.sqrt(jnp.abs(values))[:, None] * vectors, 2, 0)
     y, saved = forward(node, params, x, key)
     trace = node.trace(x, y, saved)
