@@ -319,11 +319,11 @@ def spectral_density(
 
     def of(group: Group) -> Density:
         size, product, _ = ask(group)
-        lanczos = decomp.tridiag_sym(min(steps, size), custom_vjp=False)
+        lanczos = decomp.tridiag_sym(min(steps, size), materialize=False, custom_vjp=False)
 
         def one(key: Array) -> tuple[Array, Array]:
             start = jax.random.rademacher(key, (size,), jnp.result_type(*_leaves(params)))
-            values, vectors = jnp.linalg.eigh(lanczos(product, start).J_small)
+            values, vectors = jnp.linalg.eigh(_tridiagonal(*lanczos(product, start).J_small))
             return values, jnp.square(vectors[0])
 
         keys = jax.random.split(jax.random.fold_in(key, 1), samples)
@@ -334,8 +334,24 @@ def spectral_density(
     return found if per_layer else found["net"]
 
 
+def _tridiagonal(diagonal: Array, beside: Array) -> Array:
+    """The matrix that Lanczos made, up to where it found nothing more.
+
+    A vector that is in few eigenspaces (as it is where the matrix has many zeros) is used up after
+    as many steps: what is beside the diagonal is nothing but rounding then, and what comes after it
+    means nothing. It is cut off, and has no weight.
+    """
+    scale = jnp.maximum(jnp.abs(diagonal[:-1]), jnp.abs(beside))
+    scale = lax.associative_scan(jnp.maximum, scale)
+    there = jnp.cumprod(jnp.abs(beside) > 100 * jnp.finfo(beside.dtype).eps * scale)
+    there = there.astype(beside.dtype)
+    after = jnp.concatenate([jnp.ones(1, there.dtype), there])
+    return jnp.diag(after * diagonal) + jnp.diag(there * beside, 1) + jnp.diag(there * beside, -1)
+
+
 def _smoothed(nodes: Array, weights: Array, points: int, width: float) -> Density:
-    low, high = jnp.min(nodes), jnp.max(nodes)
+    counts = weights > jnp.finfo(weights.dtype).eps
+    low, high = (f(jnp.where(counts, nodes, nodes[0, 0])) for f in (jnp.min, jnp.max))
     scale = jnp.maximum(high - low, jnp.finfo(nodes.dtype).tiny ** 0.5)
     sigma = width * scale
     grid = jnp.linspace(low - 5 * sigma, high + 5 * sigma, points)

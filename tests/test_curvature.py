@@ -1,0 +1,654 @@
+"""Second derivatives: against explicit Jacobians and Hessians in float64, and against peers."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import lineax
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from truth import each_grad, relative, rows
+
+import jbackprop as jb
+from jbackprop import catalogue, structure
+from jbackprop import curvature as cv
+from jbackprop.curvature.sweeps import pairs_of
+
+pytestmark = pytest.mark.newest
+TRUTHS = Path(__file__).parent / "torch_truth"
+CASES = [c for c in catalogue.cases(3) if not c.net.couples_examples]
+LEARNING = [c for c in CASES if jax.tree.leaves(jax.eval_shape(c.net.init, jax.random.key(0)))]
+LOSS = jb.SoftmaxCrossEntropy()
+
+
+def named(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def flat(tree):
+    return ravel_pytree(tree)[0]
+
+
+def flats(tree):
+    """Rows of the trees that are stacked in one, (k, P)."""
+    return jax.vmap(flat)(tree)
+
+
+def units(params):
+    """All unit vectors, as a tree like params with an axis in front."""
+    vector, back = ravel_pytree(params)
+    return jax.vmap(back)(jnp.eye(vector.size, dtype=vector.dtype))
+
+
+def learns(net, params):
+    mask = jb.trainable_mask(net, params)
+    return flat(jax.tree.map(lambda own, p: jnp.full(p.shape, float(own)), mask, params))
+
+
+def loss_hessian(loss, z, y):
+    """d^2 C_n / dz_n^2 by jax.hessian of the cost alone, (B, q, q); of a capped loss at z'."""
+    capped = getattr(loss, "logit_cap", None)
+
+    def cost(z, y):
+        found = loss.value(z[None], jax.tree.map(lambda v: v[None], y))[0]
+        return found
+
+    if capped is None:
+        hessian = jax.vmap(jax.hessian(cost))(z, y)
+    else:  # the Gauss-Newton part: the cap is a layer
+        plain = jb.SoftmaxCrossEntropy(loss.label_smoothing, loss.class_weights, loss.ignore_index)
+        inner = functools.partial(loss_hessian, plain)
+        slopes = 1 - jnp.tanh(z / capped) ** 2
+        hessian = inner(capped * jnp.tanh(z / capped), y)
+        slopes = slopes.reshape(len(z), -1)
+        return hessian * slopes[:, :, None] * slopes[:, None, :]
+    q = z[0].size
+    return hessian.reshape(len(z), q, q)
+
+
+def jacobian(outputs, params):
+    """(B, q, P)."""
+    vector, back = ravel_pytree(params)
+    found = jax.jacobian(lambda v: outputs(back(v)))(vector)
+    return found.reshape(found.shape[0], -1, vector.size)
+
+
+def dense_ggn(j, h):
+    return jnp.einsum("nap,nab,nbr->pr", j, h, j) / len(j)
+
+
+def blocks_of(net, params):
+    """A number for every parameter: equal where one layer, and one copy of it, has both."""
+    axes = structure.stack_axes(net)
+    ids, number = [], 0
+
+    def of(path, layer, part):
+        nonlocal number
+
+        def one(p):
+            stack = p.shape[: axes.get(path, 0)]
+            own = jnp.arange(int(np.prod(stack))).reshape(stack + (1,) * (p.ndim - len(stack)))
+            return jnp.broadcast_to(number + own, p.shape).astype(float)
+
+        found = jax.tree.map(one, part)
+        number += 1000
+        return layer, found
+
+    ids = structure.rebuild(net, params, of)[1]
+    return np.asarray(flat(ids))
+
+
+# Every small net of the table.
+
+
+def everything(case, params, x, y, vectors):
+    net, loss = case.net, case.loss
+    j = jacobian(lambda p: jb.forward(net, p, x)[0], params)
+    z = jb.forward(net, params, x)[0]
+    vector, back = ravel_pytree(params)
+    one = jax.tree.map(lambda v: v[:1], (x, y))
+    corrected = cv.ekfac(net, loss, params, x, y, cv.Exact())
+    return {
+        "j": j,
+        "h": loss_hessian(loss, z, y),
+        "hessian": jax.hessian(lambda v: jnp.mean(loss.value(jb.forward(net, back(v), x)[0], y)))(
+            vector
+        ),
+        "diagonal": flat(cv.diag_ggn(net, loss, params, x, y)),
+        "in chunks": flat(cv.diag_ggn(net, loss, params, x, y, chunk=2)),
+        "each": flats(cv.diag_ggn(net, loss, params, x, y, per_example=True)),
+        "trace": cv.trace_ggn(net, loss, params, x, y),
+        "ggn": flats(cv.ggn_product(net, loss, params, x, y, vectors)),
+        "hessian product": flats(cv.hessian_product(net, loss, params, x, y, vectors)),
+        "blocks": flats(cv.ggn_block_product(net, loss, params, x, y, vectors)),
+        "root": jax.vmap(flats)(cv.ggn_root(net, loss, params, x, y)),
+        "ekfac trace": corrected.trace(),
+        "kfac": flats(cv.kfac(net, loss, params, *one, cv.Exact()).product(vectors)),
+    }
+
+
+@named(LEARNING)
+def test_every_net_against_its_dense_matrices(case):
+    params, x, y = case.params, case.x, case.y
+    vector, back = ravel_pytree(params)
+    v = jax.random.normal(jax.random.key(1), (2, vector.size), vector.dtype)
+    found = jax.jit(functools.partial(everything, case))(params, x, y, jax.vmap(back)(v))
+    mask = np.asarray(learns(case.net, params))
+    v = np.asarray(v) * mask
+    j, h = np.asarray(found["j"]) * mask, np.asarray(found["h"])
+    ggn = np.asarray(dense_ggn(j, h))
+    assert relative(found["diagonal"], np.diag(ggn)) < 1e-10
+    assert relative(found["in chunks"], np.diag(ggn)) < 1e-10
+    assert relative(found["each"], np.einsum("nap,nab,nbp->np", j, h, j)) < 1e-10
+    assert relative(found["trace"], np.trace(ggn)) < 1e-10
+    assert relative(found["ekfac trace"], np.trace(ggn)) < 1e-10
+    assert relative(found["ggn"], v @ ggn) < 1e-10
+    assert relative(found["hessian product"], v @ (found["hessian"] * np.outer(mask, mask))) < 1e-10
+    ids = blocks_of(case.net, params)
+    blocks = ggn * (ids[:, None] == ids[None])
+    assert relative(found["blocks"], v @ blocks) < 1e-10
+    root = np.asarray(found["root"]).reshape(-1, vector.size)
+    assert relative(root.T @ root, ggn) < 1e-10
+    if kfac_is_exact(case, params, x):
+        one = np.asarray(dense_ggn(j[:1], h[:1]))
+        assert relative(found["kfac"], v @ (one * (ids[:, None] == ids[None]))) < 1e-10
+
+
+def kfac_is_exact(case, params, x):
+    """Of one example: where every layer is one matrix, with its bias, used at one position."""
+    for _, layer, part in structure.walk(case.net, params):
+        if jax.tree.leaves(part) and not isinstance(layer, jb.Dense):
+            return False
+    pairs = pairs_of(case.net, params, x)
+    return all(getattr(p, "delta", np.zeros((0, 0, 2))).shape[2] == 1 for p in pairs)
+
+
+def test_kfac_is_tried_where_it_is_exact():
+    exact = [case for case in LEARNING if kfac_is_exact(case, case.params, case.x)]
+    assert len(exact) > 20
+
+
+@named([c for c in LEARNING if isinstance(c.rule, jb.Composite | jb.losses.Loss)])
+def test_the_propagated_diagonal_of_the_hessian(case):
+    params, x, y = case.params, case.x, case.y
+    vector, back = ravel_pytree(params)
+
+    @jax.jit
+    def both(params, x, y):
+        dense = jax.hessian(
+            lambda v: jnp.mean(case.loss.value(jb.forward(case.net, back(v), x)[0], y))
+        )(flat(params))
+        return dense, flat(cv.diag_hessian(case.net, case.loss, params, x, y, chunk=5))
+
+    dense, found = both(params, x, y)
+    assert relative(found, np.diag(dense) * np.asarray(learns(case.net, params))) < 1e-10
+
+
+LAYERS_ALONE = [
+    (jb.Dense(3, 2), (2, 3)),
+    (jb.GRU(3, 2), (3, 3)),
+    (jb.Conv(2, 2, (2,), groups=2), (4, 2)),
+    (jb.LayerNorm(4), (4,)),
+    (jb.BatchNorm(4), (4,)),
+]
+
+
+@pytest.mark.parametrize("layer, shape", LAYERS_ALONE[:4], ids=lambda v: str(v))
+def test_the_propagated_diagonal_behind_what_bends(layer, shape):
+    """With a layer before and behind, so that there is a second derivative on both sides."""
+    x = jax.random.normal(jax.random.key(0), (2, *shape))
+    net = jb.Sequential(jb.Dense(shape[-1], shape[-1]), jb.Tanh(), layer, jb.Sigmoid())
+    params = net.init(jax.random.key(1))
+    y = jax.random.normal(jax.random.key(2), jb.forward(net, params, x)[0].shape)
+    _, back = ravel_pytree(params)
+
+    @jax.jit
+    def both(params, x, y):
+        loss = jb.SquaredError()
+        dense = jax.hessian(lambda v: jnp.mean(loss.value(jb.forward(net, back(v), x)[0], y)))
+        return dense(flat(params)), flat(cv.diag_hessian(net, loss, params, x, y))
+
+    dense, found = both(params, x, y)
+    assert np.min(np.diag(dense)) < 0
+    assert relative(found, np.diag(dense)) < 1e-10
+
+
+# A small problem for the rest.
+
+
+@pytest.fixture(scope="module")
+def problem():
+    net = jb.mlp([4, 5, 3], jb.Tanh())
+    params = net.init(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (6, 4))
+    y = jax.random.randint(jax.random.key(2), (6,), 0, 3)
+    return net, LOSS, params, x, y
+
+
+@pytest.fixture(scope="module")
+def matrices(problem):
+    """The dense Gauss-Newton matrix and Hessian, and the empirical Fisher matrix."""
+    net, loss, params, x, y = problem
+    vector, back = ravel_pytree(params)
+    j = jacobian(lambda p: jb.forward(net, p, x)[0], params)
+    ggn = dense_ggn(j, loss_hessian(loss, jb.forward(net, params, x)[0], y))
+    hessian = jax.hessian(lambda v: jnp.mean(loss.value(jb.forward(net, back(v), x)[0], y)))
+    g = rows(each_grad(net, loss, params, x, y))
+    return np.asarray(ggn), np.asarray(hessian(vector)), g.T @ g / len(g)
+
+
+def model(params, x):
+    """The same network as a function of one example."""
+    z = jnp.tanh(x @ params[0]["w"] + params[0]["b"])
+    return z @ params[2]["w"] + params[2]["b"]
+
+
+@pytest.mark.parametrize("kind", ["net", "function"])
+def test_products_are_linear_symmetric_and_definite(problem, matrices, kind):
+    net, loss, params, x, y = problem
+    net = net if kind == "net" else model
+    every = units(params)
+    ggn = flats(cv.ggn_product(net, loss, params, x, y, every))
+    hessian = flats(cv.hessian_product(net, loss, params, x, y, every))
+    empirical = flats(cv.fisher_product(net, loss, params, x, y, every, cv.Empirical()))
+    for found, due in zip((ggn, hessian, empirical), matrices, strict=True):
+        assert relative(found, due) < 1e-12
+        assert relative(found, found.T) < 1e-12
+    assert np.linalg.eigvalsh(ggn).min() > -1e-14
+    assert np.linalg.eigvalsh(hessian).min() < -1e-3
+    fisher = flats(cv.fisher_product(net, loss, params, x, y, every))
+    assert relative(fisher, matrices[0]) < 1e-12
+    one = jax.tree.map(lambda v: v[3], every)
+    assert relative(flat(cv.ggn_product(net, loss, params, x, y, one)), ggn[3]) < 1e-13
+    for ask in (cv.diag_ggn, cv.diag_fisher):
+        due = matrices[0 if ask is cv.diag_ggn else 2]
+        assert relative(flat(ask(net, loss, params, x, y)), np.diag(due)) < 1e-12
+    if kind == "function":
+        found = cv.diag_ggn(model, loss, params, x, y, per_example=True, chunk=2)
+        due = cv.diag_ggn(problem[0], loss, params, x, y, per_example=True)
+        assert relative(flats(found), flats(due)) < 1e-12
+        corrected = cv.ekfac(model, loss, params, x, y, cv.Exact())
+        assert relative(corrected.trace(), np.trace(matrices[0])) < 1e-12
+
+
+def errors(ask, due, numbers=(200, 3200)):
+    """The relative errors of what was asked with so many random deltas."""
+    return [relative(flat(ask(cv.MonteCarlo(n), jax.random.key(5))), flat(due)) for n in numbers]
+
+
+RANDOM = {
+    "diagonal": (cv.diag_ggn, lambda v: v),
+    "kfac": (cv.kfac, lambda v: [b.g for b in v.blocks.values()]),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_deltas_converge_at_the_known_rate(problem, name):
+    """sixteen times as many: a fourth of the error; a fixed seed."""
+    ask, see = RANDOM[name]
+    due = see(ask(*problem, cv.Exact()))
+    few, many = errors(lambda roots, key: see(ask(*problem, roots, key=key)), due)
+    assert few < 0.12
+    assert 2 < few / many < 8
+
+
+def test_a_product_of_random_deltas_converges(problem, matrices):
+    every = units(problem[2])
+
+    def ask(roots, key):
+        return cv.fisher_product(*problem, every, roots, key=key)
+
+    few, many = errors(ask, matrices[0])
+    assert 2 < few / many < 8
+    roots, key = cv.MonteCarlo(3), jax.random.key(7)
+    trace = cv.trace_ggn(*problem, roots, key=key)
+    diagonal = cv.diag_ggn(*problem, roots, key=key)
+    assert relative(trace, jnp.sum(flat(diagonal))) < 1e-12
+
+
+@named([c for c in CASES if isinstance(c.rule, jb.losses.Loss)])
+def test_roots_and_products_of_every_loss(case):
+    """With and without positions, against jax.hessian; and a root that is drawn, on average."""
+    loss = case.loss
+    for shape in ((3, 3), (2, 4, 3)):
+        z = jax.random.normal(jax.random.key(1), shape)
+        if isinstance(loss, jb.CrossEntropy):
+            z = jax.nn.softmax(z)
+        y = case.targets(jax.random.key(2), shape)
+        n, q = shape[0], int(np.prod(shape[1:]))
+        v = jax.random.normal(jax.random.key(3), shape)
+
+        @jax.jit
+        def all_of_it(z, y, v):
+            many = jax.random.split(jax.random.key(4), 4000)
+            return (
+                loss_hessian(loss, z, y),
+                loss.hessian_product(z, y, v),
+                loss.hessian_root(z, y),
+                jax.vmap(lambda key: loss.sampled_root(key, z, y))(many),
+            )
+
+        dense, product, root, drawn = map(np.asarray, all_of_it(z, y, v))
+        assert (
+            relative(product.reshape(n, q), np.einsum("nij,nj->ni", dense, v.reshape(n, q))) < 1e-12
+        )
+        places = root.reshape(len(root), n, q // 3, 3)
+        blocks = np.einsum("rnti,rntj->ntij", places, places)
+        whole = np.zeros((n, q, q))
+        for t in range(q // 3):
+            whole[:, 3 * t : 3 * t + 3, 3 * t : 3 * t + 3] = blocks[:, t]
+        assert relative(whole, dense) < 1e-12
+        drawn = drawn.reshape(len(drawn), n, q)
+        assert relative(np.einsum("kni,knj->nij", drawn, drawn) / len(drawn), dense) < 0.15
+        assert np.abs(drawn.mean(0)).max() < 5 * np.abs(drawn).max() / np.sqrt(len(drawn))
+
+
+def test_a_masked_position_has_no_curvature_even_if_it_is_nan():
+    loss = jb.SoftmaxCrossEntropy(ignore_index=0)
+    z = jnp.array([[[jnp.nan] * 3, [1.0, 2.0, 3.0]]])
+    y = jnp.array([[0, 2]])
+    for found in (loss.hessian_root(z, y)[:, 0, 0], loss.hessian_product(z, y, z)[0, 0]):
+        assert not np.any(found)
+    assert not np.any(loss.sampled_root(jax.random.key(0), z, y)[0, 0])
+
+
+# Kronecker factors.
+
+
+def dense_blocks(blocks, params):
+    return flats(blocks.product(units(params)))
+
+
+def linear(net, params, x, sharing, shape):
+    """K-FAC's matrix and the Gauss-Newton matrix, for squared errors."""
+    loss, y = jb.SquaredError(), jnp.zeros((len(x), *shape))
+    found = dense_blocks(cv.kfac(net, loss, params, x, y, cv.Exact(), sharing=sharing), params)
+    every = units(params)
+    return found, flats(cv.ggn_block_product(net, loss, params, x, y, every))
+
+
+def test_kfac_is_exact_in_linear_networks():
+    """Where the deltas S do not depend on the example: expand, and reduce where it averages."""
+    deep = jb.Sequential(jb.Dense(3, 4), jb.Dense(4, 2), jb.Dense(2, 3))
+    params = deep.init(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (7, 3))
+    assert relative(*linear(deep, params, x, "expand", (3,))) < 1e-12
+    x = jax.random.normal(jax.random.key(1), (7, 4, 3))
+    assert relative(*linear(deep, params, x, "expand", (4, 3))) < 1e-12
+    assert relative(*linear(deep, params, x, "reduce", (4, 3))) > 0.1
+    pooled = jb.Sequential(jb.Dense(3, 4), jb.GlobalAveragePool(), jb.Dense(4, 2))
+    params = pooled.init(jax.random.key(0))
+    assert relative(*linear(pooled, params, x, "reduce", (2,))) < 1e-12
+    assert relative(*linear(pooled, params, x, "expand", (2,))) > 0.1
+
+
+def backpack(name):
+    with np.load(TRUTHS / "curvature.npz") as file:
+        return {k.removeprefix(f"{name}."): file[k] for k in file.files if k.startswith(name)}
+
+
+def from_backpack(name):
+    """The network of ours, its parameters, x and y."""
+    given = backpack(name)
+    if name == "mlp":
+        net = jb.mlp([5, 4, 4, 3], [jb.Sigmoid(), jb.Tanh()])
+        layers = [{"w": given[str(k)].T, "b": given[str(k + 1)]} for k in (0, 2, 4)]
+        params, x = (layers[0], (), layers[1], (), layers[2]), given["x"]
+    else:
+        conv = jb.Conv(2, 3, (3, 2), padding=((1, 1), (1, 1)))
+        net = jb.Sequential(conv, jb.Sigmoid(), jb.Flatten(), jb.Dense(60, 3))
+        w = given["2"].reshape(3, 3, 4, 5).transpose(2, 3, 1, 0).reshape(60, 3)
+        first = {"w": given["0"].transpose(2, 3, 1, 0), "b": given["1"]}
+        params, x = (first, (), (), {"w": w, "b": given["3"]}), given["x"].transpose(0, 2, 3, 1)
+    params, x = jax.tree.map(jnp.asarray, (params, x))
+    return net, LOSS, params, x, jnp.asarray(given["y"])
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_against_backpack(name):
+    """Its costs are means too. A of a kernel is a sum over positions there, G as in "reduce"."""
+    given, (net, loss, params, x, y) = backpack(name), from_backpack(name)
+    for quantity, ask in (("diag_ggn", cv.diag_ggn), ("diag_hessian", cv.diag_hessian)):
+        found = [layer for layer in ask(net, loss, params, x, y) if layer]
+        for k, layer in enumerate(found):
+            due = given[f"{2 * k}.{quantity}"]
+            turned = due.T if due.ndim == 2 else due.transpose(2, 3, 1, 0)
+            if name == "cnn" and k == 1:
+                turned = due.reshape(3, 3, 4, 5).transpose(2, 3, 1, 0).reshape(60, 3)
+            assert relative(layer["w"], turned) < 1e-12
+            assert relative(layer["b"], given[f"{2 * k + 1}.{quantity}"]) < 1e-12
+    exact = cv.kfac(net, loss, params, x, y, cv.Exact(), joint_bias=False).blocks
+    reduced = cv.kfac(
+        net, loss, params, x, y, cv.Exact(), joint_bias=False, sharing="reduce"
+    ).blocks
+    layers = [name.removesuffix("['w']") for name in exact if name.endswith("['w']")]
+    for k, layer in enumerate(layers):
+        kernel = name == "cnn" and k == 0
+        positions = 20 if kernel else 1
+        a = np.asarray(exact[f"{layer}['w']"].a[0]) * positions
+        if kernel:
+            a = a.reshape(3, 2, 2, 3, 2, 2).transpose(2, 0, 1, 5, 3, 4).reshape(12, 12)
+        elif name == "cnn":
+            order = np.arange(60).reshape(4, 5, 3).transpose(2, 0, 1).ravel()
+            a = a[np.ix_(order, order)]
+        assert relative(a, given[f"{2 * k}.kflr.1"]) < 1e-12
+        g = (reduced if kernel else exact)[f"{layer}['w']"].g[0]
+        assert relative(g, given[f"{2 * k}.kflr.0"]) < 1e-12
+        assert relative(exact[f"{layer}['b']"].g[0], given[f"{2 * k + 1}.kflr.0"]) < 1e-12
+        assert relative(g, given[f"{2 * k}.kfac.0"]) < 0.02  # of 20,000 random deltas
+
+
+def test_against_kfac_jax():
+    """Its blocks by exact roots, of mean costs; their rows are those of [b; w]."""
+    net, loss, params, x, y = from_backpack("mlp")
+    blocks = cv.kfac(net, loss, params, x, y, cv.Exact()).blocks
+    with np.load(TRUTHS / "kfac_jax_blocks.npz") as file:
+        for k, block in enumerate(blocks.values()):
+            dense = np.kron(block.a[0], block.g[0])
+            o = block.g.shape[1]
+            order = np.roll(np.arange(len(dense)), o)
+            assert relative(dense[np.ix_(order, order)], file[str(k)]) < 1e-10
+
+
+def test_what_a_block_diagonal_matrix_answers(problem):
+    params = problem[2]
+    factors = cv.kfac(*problem, cv.Exact())
+    dense = dense_blocks(factors, params)
+    assert list(factors.blocks) == ["layers[0]", "layers[2]"]
+    damped = dense + 0.1 * np.eye(len(dense))
+    v = jax.tree.map(lambda p: jnp.ones_like(p) * 0.3, params)
+    for matrix in (factors, factors.decomposed()):
+        assert relative(dense_blocks(matrix, params), dense) < 1e-12
+        assert relative(flat(matrix.solve(v, 0.1)), np.linalg.solve(damped, flat(v))) < 1e-12
+        assert relative(matrix.trace(), np.trace(dense)) < 1e-12
+        assert relative(matrix.log_determinant(0.1), np.linalg.slogdet(damped)[1]) < 1e-12
+        root = matrix.apply(lambda e: (e + 0.1) ** -0.5, v)
+        twice = matrix.apply(lambda e: (e + 0.1) ** -0.5, root)
+        assert relative(flat(twice), np.linalg.solve(damped, flat(v))) < 1e-12
+    other = cv.kfac(*problem, cv.Empirical())
+    mixed = cv.update_average(factors, other, 0.75)
+    first, second, found = (m.blocks["layers[0]"].g for m in (factors, other, mixed))
+    assert relative(found, 0.75 * first + 0.25 * second) < 1e-14
+    with pytest.raises(ValueError, match="structure"):
+        factors.solve({"w": 1}, 0.1)
+
+
+def test_ekfac_is_nearer_in_the_frobenius_norm(problem, matrices):
+    params = problem[2]
+    blocks = matrices[0] * (np.equal.outer(*[blocks_of(problem[0], params)] * 2))
+    plain = dense_blocks(cv.kfac(*problem, cv.Exact()), params)
+    basis = cv.kfac(*problem, cv.Exact()).decomposed()
+    corrected = cv.ekfac(*problem, cv.Exact(), basis=basis)
+    found = dense_blocks(corrected, params)
+    assert np.linalg.norm(found - blocks) < 0.9 * np.linalg.norm(plain - blocks)
+    for name, block in corrected.blocks.items():
+        u = np.kron(block.u[0], block.v[0])
+        (ids,) = np.where(blocks_of(problem[0], params) == 1000 * int(name[7:-1]))
+        order = ordered(params, ids)
+        own = blocks[np.ix_(order, order)]
+        assert relative(np.ravel(block.values[0]), np.diag(u.T @ own @ u)) < 1e-12
+    again = cv.ekfac(*problem, cv.Exact(), basis=corrected)
+    assert relative(dense_blocks(again, params), found) < 1e-12
+
+
+def ordered(params, ids):
+    """The numbers of a layer's parameters with the bias last, as the rows of its block are."""
+    shapes = [p.shape for p in jax.tree.leaves(params)]  # b, w of each
+    bias = next(s[0] for s in shapes if s[0] and len(s) == 1 and len(ids) % (s[0]) == 0)
+    bias = {20 + 5: 5, 15 + 3: 3}[len(ids)] if len(ids) in (25, 18) else bias
+    return np.concatenate([ids[bias:], ids[:bias]])
+
+
+# Spectra, operators.
+
+
+def test_spectra_against_dense_ones(problem, matrices):
+    net, loss, params, x, y = problem
+    ids = blocks_of(net, params)
+    for kind, dense in (("ggn", matrices[0]), ("hessian", matrices[1])):
+        due = np.linalg.eigvalsh(dense)
+        due = due[np.argsort(-np.abs(due))]
+        values, vectors = cv.top_eigenvalues(*problem, 3, kind, vectors=True)
+        assert relative(values, due[:3]) < 1e-12
+        assert (
+            relative(np.asarray(flats(vectors)) @ dense, values[:, None] * flats(vectors)) < 1e-10
+        )
+        found = cv.top_eigenvalues(*problem, 2, kind, per_layer=True)
+        for name, own in found.items():
+            at = ids == 1000 * int(name[7:-1])
+            block = np.linalg.eigvalsh(dense[np.ix_(at, at)])
+            assert relative(own, block[np.argsort(-np.abs(block))[:2]]) < 1e-12
+        density = cv.spectral_density(*problem, kind, key=jax.random.key(1), steps=60, samples=200)
+        mean = jnp.sum(density.nodes * density.weights) / len(density.nodes)
+        assert relative(mean * len(dense), np.trace(dense)) < 0.05
+        assert abs(jnp.max(density.nodes) - due.max()) < 1e-10
+        assert abs(jnp.trapezoid(density.density, density.eigenvalues) - 1) < 1e-4
+    layers = cv.trace_ggn(*problem, per_layer=True)
+    assert relative(sum(layers.values()), np.trace(matrices[0])) < 1e-12
+    few, many = (
+        relative(cv.trace_hessian(*problem, n, key=jax.random.key(3)), np.trace(matrices[1]))
+        for n in (30, 3000)
+    )
+    assert many < few
+    assert many < 0.05
+    signs = cv.estimate_diag_hessian(*problem, 4000, key=jax.random.key(1))
+    assert relative(flat(signs), np.diag(matrices[1])) < 0.1
+
+
+def test_the_lanczos_of_scipy_finds_them_too():
+    """Of a matrix too large to be written out."""
+    net, x = jb.mlp([6, 12, 3], jb.Tanh()), jax.random.normal(jax.random.key(1), (30, 6))
+    params, y = net.init(jax.random.key(0)), jnp.arange(30) % 3
+    dense = flats(cv.ggn_product(net, LOSS, params, x, y, units(params)))
+    found, vectors = cv.top_eigenvalues(
+        net, LOSS, params, x, y, 4, vectors=True, tolerance=1e-10, key=jax.random.key(2)
+    )
+    assert relative(found, np.sort(np.linalg.eigvalsh(dense))[::-1][:4]) < 1e-9
+    assert relative(flats(vectors) @ dense, found[:, None] * flats(vectors)) < 1e-6
+
+
+def test_linear_operators_are_solved_by_lineax(problem, matrices):
+    net, loss, params, x, y = problem
+    grads = jb.value_and_grad(net, loss)(params, x, y)[1]
+    operator = cv.ggn_operator(*problem, damping=0.1)
+    found = lineax.linear_solve(operator, grads, lineax.CG(rtol=1e-10, atol=1e-10)).value
+    damped = matrices[0] + 0.1 * np.eye(len(matrices[0]))
+    assert relative(flat(found), np.linalg.solve(damped, flat(grads))) < 1e-8
+    assert lineax.is_symmetric(cv.hessian_operator(*problem))
+    assert (
+        relative(flat(cv.hessian_operator(*problem).mv(grads)), matrices[1] @ flat(grads)) < 1e-12
+    )
+    random = cv.ggn_operator(*problem, cv.MonteCarlo(2), key=jax.random.key(0))
+    due = cv.fisher_product(*problem, grads, cv.MonteCarlo(2), key=jax.random.key(0))
+    assert relative(flat(random.mv(grads)), flat(due)) < 1e-13
+
+
+# In other settings.
+
+
+def test_under_jit_and_in_lower_precision(problem):
+    net, loss, params, x, y = problem
+    due = cv.diag_ggn(*problem)
+    found = jax.jit(lambda p: cv.diag_ggn(net, loss, p, x, y))(params)
+    assert relative(flat(found), flat(due)) < 1e-13
+    for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.1)):
+        low, xs = jax.tree.map(lambda v: v.astype(dtype), (params, x))
+        got = cv.diag_ggn(net, loss, low, xs, y)
+        assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(got))
+        assert relative(flat(got), flat(due)) < tolerance
+        own = cv.kfac(net, loss, low, xs, y, cv.Exact())
+        assert own.blocks["layers[0]"].a.dtype == jnp.float32
+        got = own.trace()
+        assert relative(got, cv.kfac(*problem, cv.Exact()).trace()) < tolerance
+        v = cv.ggn_product(net, loss, low, xs, y, low)
+        assert v[0]["w"].dtype == dtype
+
+
+def test_one_unit_one_example_and_sixty_layers():
+    net = jb.Repeat(jb.Skip(jb.Sequential(jb.Dense(1, 1), jb.Tanh())), 60)
+    params, loss = net.init(jax.random.key(0)), jb.SquaredError()
+    x, y = jnp.ones((1, 1)), jnp.zeros((1, 1))
+    dense = flats(cv.ggn_product(net, loss, params, x, y, units(params)))
+    assert relative(flat(cv.diag_ggn(net, loss, params, x, y)), np.diag(dense)) < 1e-10
+    factors = cv.kfac(net, loss, params, x, y, cv.Exact())
+    ids = blocks_of(net, params)
+    assert relative(dense_blocks(factors, params), np.asarray(dense) * np.equal.outer(ids, ids)) < 1e-10
+
+
+def test_a_batch_norm_is_refused_by_name_but_its_products_are_not():
+    net = jb.Sequential(jb.Dense(3, 4), jb.BatchNorm(4), jb.Dense(4, 2))
+    params, loss = net.init(jax.random.key(0)), jb.SquaredError()
+    x, y = jax.random.normal(jax.random.key(1), (5, 3)), jnp.zeros((5, 2))
+    for ask in (cv.diag_ggn, cv.kfac, cv.trace_ggn, cv.diag_hessian, cv.ggn_root):
+        with pytest.raises(ValueError, match=r"BatchNorm.*fold_batch_norm"):
+            ask(net, loss, params, x, y, key=jax.random.key(0))
+    vector, back = ravel_pytree(params)
+    hessian = jax.hessian(lambda v: jnp.mean(loss.value(jb.forward(net, back(v), x)[0], y)))(vector)
+    found = flats(cv.hessian_product(net, loss, params, x, y, units(params)))
+    assert relative(found, hessian) < 1e-10
+
+
+class Bare(jb.losses.Loss):
+    def value(self, z, y):
+        return jnp.sum(z, axis=-1)
+
+    def delta(self, z, y):
+        return jnp.ones_like(z)
+
+    def __repr__(self):
+        return "Bare()"
+
+
+BAD = {
+    "no root": (lambda p: cv.diag_ggn(p[0], Bare(), *p[2:]), NotImplementedError, "Bare.*hessian_root"),
+    "no product": (
+        lambda p: cv.ggn_product(p[0], Bare(), *p[2:], p[2]), NotImplementedError, "Bare.*hessian_product"),
+    "no distribution": (
+        lambda p: cv.fisher_product(p[0], jb.Huber(), *p[2:4], jnp.zeros((6, 3)), p[2]),
+        NotImplementedError, "Huber.*no negative log likelihood"),
+    "no key": (lambda p: cv.kfac(*p), ValueError, "key=jax.random.key"),
+    "vector": (lambda p: cv.ggn_product(*p, jax.tree.map(lambda v: v[:1], p[2])), ValueError, "shapes"),
+    "structure": (lambda p: cv.hessian_product(*p, p[2][0]), ValueError, "structure"),
+    "chunk": (lambda p: cv.diag_ggn(*p, chunk=0), ValueError, "chunk must be"),
+    "samples": (lambda p: cv.MonteCarlo(0), ValueError, "samples must be at least 1"),
+    "no number": (lambda p: cv.MonteCarlo(1.5), TypeError, "samples must be an int"),
+    "sharing": (lambda p: cv.kfac(*p, cv.Exact(), sharing="mean"), ValueError, "expand"),
+    "matrix": (lambda p: cv.top_eigenvalues(*p, matrix="fisher"), ValueError, "ggn"),
+    "function": (lambda p: cv.diag_hessian(model, *p[1:]), TypeError, "estimate_diag_hessian"),
+    "empty": (lambda p: cv.diag_ggn(*p[:3], p[3][:0], p[4][:0]), ValueError, "empty"),
+    "targets": (lambda p: cv.diag_ggn(*p[:4], p[4] + 2), ValueError, "out of range"),
+    "two": (lambda p: cv.diag_ggn(lambda q, x: (x, x), *p[1:]), TypeError, "one floating-point array"),
+    "basis": (
+        lambda p: cv.ekfac(jb.Dense(4, 3), LOSS, {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}, *p[3:],
+                           cv.Exact(), basis=cv.kfac(*p, cv.Exact())), ValueError, "other parameters"),
+    "damping": (lambda p: cv.ggn_operator(*p, damping=-1.0), ValueError, "negative"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused(problem, name):
+    ask, error, words = BAD[name]
+    with pytest.raises(error, match=words):
+        ask(problem)
