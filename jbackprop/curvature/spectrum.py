@@ -351,7 +351,8 @@ def _tridiagonal(diagonal: Array, beside: Array) -> Array:
 
 def _smoothed(nodes: Array, weights: Array, points: int, width: float) -> Density:
     counts = weights > jnp.finfo(weights.dtype).eps
-    low, high = (f(jnp.where(counts, nodes, nodes[0, 0])) for f in (jnp.min, jnp.max))
+    low = jnp.min(nodes, where=counts, initial=jnp.inf)
+    high = jnp.max(nodes, where=counts, initial=-jnp.inf)
     scale = jnp.maximum(high - low, jnp.finfo(nodes.dtype).tiny ** 0.5)
     sigma = width * scale
     grid = jnp.linspace(low - 5 * sigma, high + 5 * sigma, points)

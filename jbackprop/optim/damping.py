@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from jbackprop.factored import PyTree, widest_dtype
+from jbackprop.factored import PyTree, wide_dtype, widest_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +114,10 @@ def next_damping(
 
 def inner(one: PyTree, other: PyTree) -> Array:
     """The inner product of two trees, in float32 at least."""
-    leaves = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    products = []
-    for u, v in leaves:
-        dtype = jnp.promote_types(jnp.float32, widest_dtype([u.dtype, v.dtype]))
-        products.append(jnp.vdot(u.astype(dtype), v.astype(dtype)))
-    return jnp.sum(jnp.stack(products)) if products else jnp.zeros(())
+    left, right = jax.tree.leaves(one), jax.tree.leaves(other)
+    dtype = wide_dtype(widest_dtype([v.dtype for v in (*left, *right)]))
+    pairs = zip(left, right, strict=True)
+    return jnp.sum(jnp.stack([jnp.vdot(u.astype(dtype), v.astype(dtype)) for u, v in pairs]))
 
 
 def quadratic(curved: PyTree, one: PyTree, other: PyTree, damping: Array) -> Array:
