@@ -33,6 +33,7 @@ TESTED = {
     "private_flax",
     "mislabelled_equinox",
     "flax_gpt",
+    "laplace_digits",
 }
 
 
@@ -277,3 +278,11 @@ def test_flax_gpt(tmp_path: Path) -> None:
     assert last["loss"] < 3.7 < first["loss"]
     assert first["noise scale"] < last["noise scale"] < np.inf
     assert is_png(path)
+
+
+def test_laplace_digits(capsys):
+    found = example("laplace_digits").main(train=150, width=16, epochs=300)
+    assert all(row["accuracy"] > 0.8 for row in found.values())
+    assert found["Kronecker"]["auc"] > found["none"]["auc"] + 0.1
+    assert found["Kronecker"]["confidence, turned"] < found["none"]["confidence, turned"] - 0.2
+    assert "Kronecker" in capsys.readouterr().out
