@@ -51,8 +51,9 @@ RULES = {
     "layers/gru.py": "*._step_back *._pairs *._for_loop",
     "layers/pooling.py": "_Axis.* *._shares *._stages",
     "layers/shapes.py": "*._blocks",
-    "losses/*.py": "*delta *.error *.mean *.targets *.labels *._spread",
-    "losses/base.py": "positions Loss.value_and_delta",
+    "losses/*.py": "*delta *.error *.mean *.targets *.labels *._spread *.hessian_product"
+    " *.hessian_root *.sampled_root *.variance* *._counted *._root *._curved",
+    "losses/base.py": "positions Loss.value_and_delta columns_of_diagonal unit_vectors",
     "losses/fused.py": "*.value *._capped *._slope *.head* *._rows *._forward *._mass *._delta_of"
     " *._spread_evenly *.cut _add_at _in_parts _by_example",
     "compose/*.py": "*.backward *.invert",
@@ -63,6 +64,15 @@ RULES = {
     " depth_into_groups stacked_place",
     "factored/patches.py": "*.outputs *.spread_size *.correlate *.back *.turned *.kernel_gradient"
     " *.patches *.outer",
+    "curvature/roots.py": "*.columns *.number",
+    "curvature/diagonals.py": "second_moment squares_of_each _rooted _written_out _squares"
+    " with_last turned_second_moment _one_by_one",
+    "curvature/kfac.py": "_factors _gram update_average",
+    "curvature/blocks.py": "*.product *.apply *.canonical *.restored *.trace *.decomposed"
+    " *.log_determinant *.solve",
+    "curvature/products.py": "ggn_of hessian_of",
+    "optim/kfac.py": "_given _minimising",
+    "optim/damping.py": "*.adapted inner quadratic",
 }
 """The rules of each file, as patterns of qualified names; a file has those of all that match it."""
 
@@ -89,7 +99,14 @@ KILLERS = {
     "losses/": [
         "losses.*(complex|value|position|extreme|ignored|_of_|under_jit)",
         LAYER,
+        "curvature.*(roots_and_products|masked)",
     ],
+    "curvature/": [
+        "curvature.*(answers|linear|nearer|backpack)",
+        r"curvature.*dense.*\[(Dense\(6, 4\)|Embedding|LayerNorm\(5|Conv\(2, 4|Skip\(Sigmoid)",
+        "curvature.*(converge|precision)",
+    ],
+    "optim/": ["optim.*(steps|minimises|levenberg|solves|corrected)"],
     "losses/fused.py": [
         "fused.*(whatever|net_inputs)", "fused.*(weight_0|ignored|infinite|share|ends_in|narrow|rare)",
     ],
