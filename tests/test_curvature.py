@@ -604,6 +604,96 @@ def test_a_batch_norm_is_refused_by_name_but_its_products_are_not():
     assert relative(found, hessian) < 1e-10
 
 
+def test_one_key_is_one_network(problem):
+    """Layers that draw: everything is about the network whose gradient has that key."""
+    net = jb.Sequential(jb.Dense(4, 6), jb.Dropout(0.5), jb.Tanh(), jb.Dense(6, 3))
+    params, key = net.init(jax.random.key(0)), jax.random.key(9)
+    _, loss, _, x, y = problem
+    vector, back = ravel_pytree(params)
+
+    def cost(v):
+        return jnp.mean(loss.value(jb.forward(net, back(v), x, key)[0], y))
+
+    j = jacobian(lambda p: jb.forward(net, p, x, key)[0], params)
+    ggn = dense_ggn(j, loss_hessian(loss, jb.forward(net, params, x, key)[0], y))
+    hessian = jax.hessian(cost)(vector)
+    batch, every = (net, loss, params, x, y), units(params)
+    assert relative(flats(cv.hessian_product(*batch, every, key=key)), hessian) < 1e-12
+    assert relative(flats(cv.ggn_product(*batch, every, key=key)), ggn) < 1e-12
+    assert relative(flat(cv.diag_ggn(*batch, key=key)), np.diag(ggn)) < 1e-12
+    assert relative(flat(cv.diag_hessian(*batch, key=key)), np.diag(hessian)) < 1e-12
+    assert relative(cv.trace_ggn(*batch, key=key), np.trace(ggn)) < 1e-12
+    top = cv.top_eigenvalues(*batch, matrix="hessian", key=key)
+    due = np.linalg.eigvalsh(hessian)
+    assert relative(top, due[np.argmax(np.abs(due))]) < 1e-10
+
+
+def test_a_diagonal_has_a_derivative_where_deltas_are_zero(problem):
+    net, _, params, x, y = problem
+    loss = jb.SoftmaxCrossEntropy(ignore_index=1)
+
+    def total(params):
+        return jnp.sum(flat(cv.diag_ggn(net, loss, params, x, y)))
+
+    direction = jax.tree.map(jnp.ones_like, params)
+    found = flat(jax.grad(total)(params)) @ flat(direction)
+    step = 1e-5
+
+    def at(h):
+        return total(jax.tree.map(lambda p, d: p + h * d, params, direction))
+
+    assert relative(found, (at(step) - at(-step)) / (2 * step)) < 1e-7
+
+
+def test_a_capped_loss_draws_what_it_predicts():
+    loss, z = jb.FusedSoftmaxCrossEntropy(logit_cap=1.0), jnp.array([[0.0, 50.0]] * 4000)
+    drawn = loss.sample(jax.random.key(0), z)
+    assert relative(jnp.mean(drawn, axis=0), loss.predict(z)[0]) < 0.05
+
+
+def test_spectra_of_next_to_nothing():
+    x, y, loss = jnp.ones((3, 2)), jnp.zeros((3, 1)), jb.SquaredError()
+
+    def zeros(params, x):
+        return 0 * params["w"][:1]
+
+    batch = zeros, loss, {"w": jnp.ones(100)}, x, y
+    assert not np.any(cv.top_eigenvalues(*batch, 3))
+    nothing = cv.spectral_density(*batch, key=jax.random.key(0), steps=10)
+    assert not np.any(nothing.nodes)
+    assert np.all(np.isfinite(nothing.density))
+    one = cv.spectral_density(
+        lambda params, x: params * x[:1], loss, jnp.ones(1), x, y, key=jax.random.key(0)
+    )
+    for density in (nothing, one):
+        assert abs(jnp.trapezoid(density.density, density.eigenvalues) - 1) < 1e-4
+    assert relative(one.nodes, np.ones((4, 1))) < 1e-12
+    frozen = jb.Frozen(jb.Dense(2, 1))
+    batch = frozen, loss, frozen.init(jax.random.key(0)), x, y
+    for ask in (cv.top_eigenvalues, functools.partial(cv.spectral_density, key=jax.random.key(0))):
+        with pytest.raises(ValueError, match="no parameter learns"):
+            ask(*batch)
+    assert cv.trace_ggn(*batch) == 0
+    factors = cv.kfac(*batch, cv.Exact())
+    assert factors.trace() == factors.log_determinant(0.1) == 0
+    assert not np.any(flat(factors.solve(batch[2], 0.1)))
+    assert cv.trace_ggn(jb.Tanh(), loss, (), y, y) == 0
+
+
+def test_bfloat16_where_lapack_has_none(problem):
+    net, loss, params, x, y = problem
+    low, xs = jax.tree.map(lambda v: v.astype(jnp.bfloat16), (params, x))
+    batch = net, loss, low, xs, y
+    due = flat(cv.diag_hessian(*problem))
+    assert relative(flat(cv.diag_hessian(*batch)), due) < 0.1
+    top = cv.top_eigenvalues(*problem, 2)
+    assert relative(cv.top_eigenvalues(*batch, 2), top) < 0.05
+    density = cv.spectral_density(*batch, key=jax.random.key(0), steps=6)
+    assert abs(jnp.max(density.nodes) - top[0]) < 0.05 * top[0]
+    found = cv.trace_hessian(*batch, key=jax.random.key(0))
+    assert found.dtype == jnp.float32
+
+
 class Bare(jb.losses.Loss):
     def value(self, z, y):
         return jnp.sum(z, axis=-1)
@@ -621,7 +711,13 @@ BAD = {
         lambda p: cv.ggn_product(p[0], Bare(), *p[2:], p[2]), NotImplementedError, "Bare.*hessian_product"),
     "no distribution": (
         lambda p: cv.fisher_product(p[0], jb.Huber(), *p[2:4], jnp.zeros((6, 3)), p[2]),
-        NotImplementedError, "Huber.*no negative log likelihood"),
+        NotImplementedError, "Huber.*not of the canonical family"),
+    "a class": (lambda p: cv.diag_ggn(*p, cv.Exact), TypeError, r"add \(\)"),
+    "a word": (lambda p: cv.kfac(*p, "exact"), TypeError, "roots must be"),
+    "no arrays": (lambda p: cv.diag_ggn(model, LOSS, {"f": jnp.tanh}, *p[3:]), TypeError, "eqx.partition"),
+    "dampings": (
+        lambda p: cv.kfac(*p, cv.Exact()).solve(p[2], jnp.ones(2)), ValueError, "one number"),
+    "no basis": (lambda p: cv.ekfac(*p, cv.Exact(), basis=42), TypeError, "basis must be"),
     "no key": (lambda p: cv.kfac(*p), ValueError, "key=jax.random.key"),
     "vector": (lambda p: cv.ggn_product(*p, jax.tree.map(lambda v: v[:1], p[2])), ValueError, "shapes"),
     "structure": (lambda p: cv.hessian_product(*p, p[2][0]), ValueError, "structure"),

@@ -132,6 +132,8 @@ def test_the_damping_of_levenberg_and_marquardt(problem, kind):
     ratio = (mean_cost(NET, LOSS, optax.apply_updates(params, step), x, y) - value) / model
     due = 0.5 * (0.9 if ratio > 0.75 else 1 / 0.9 if ratio < 0.25 else 1)
     assert relative(state.damping, due) < 1e-12
+    _, settled = update(tx, params, x, y, state._replace(damping=jnp.asarray(1e20)))
+    assert settled.damping == 1e20  # a step of next to nothing says nothing
     for ratio, factor in ((0.8, 0.9), (0.5, 1), (0.1, 1 / 0.9), (jnp.nan, 1 / 0.9)):
         assert relative(rule.adapted(jnp.asarray(0.5), jnp.asarray(ratio)), 0.5 * factor) < 1e-12
     assert rule.adapted(jnp.asarray(1e8), jnp.asarray(0.0)) == 1e8
@@ -148,6 +150,46 @@ def test_hessian_free_solves_the_damped_system(problem):
     one = jb.optim.hessian_free(NET, LOSS, 0.5, damping=0.1, iterations=1, warm_start=1.0)
     warm, _ = update(one, params, x, y, one.init(params)._replace(step=state.step))
     assert relative(flat(warm), 0.5 * due) < 1e-8  # begun where it ends
+
+
+@pytest.mark.parametrize("kind", ["kfac", "hessian_free"])
+def test_layers_that_draw_are_drawn_as_in_the_gradient(problem, kind):
+    """Its curvature is that of the network that the gradient is of: `fit` hands the key on."""
+    net = jb.Sequential(jb.Dense(4, 6), jb.Dropout(0.5), jb.Tanh(), jb.Dense(6, 3))
+    params, key = net.init(jax.random.key(0)), jax.random.key(9)
+    x, y = problem[1:]
+    grads = jb.value_and_grad(net, LOSS)(params, x, y, key=key)[1]
+    if kind == "kfac":
+        tx = jb.optim.kfac(net, LOSS, (x, y), 1.0, damping=0.1, **EXACT)
+        matrix = cv.kfac(net, LOSS, params, x, y, cv.Exact(), key=key).product
+    else:
+        tx = jb.optim.hessian_free(net, LOSS, damping=0.1, iterations=200, tolerance=1e-12)
+
+        def matrix(v):
+            return cv.ggn_product(net, LOSS, params, x, y, v, key=key)
+
+    step, _ = tx.update(grads, tx.init(params), params, batch=(x, y), batch_key=key)
+    dampened = dense(matrix, params) + 0.1 * np.eye(flat(params).size)
+    assert relative(flat(step), -np.linalg.solve(dampened, flat(grads))) < 1e-7
+    fit = jb.fit(
+        net, LOSS, params, (np.asarray(x), np.asarray(y)), tx, epochs=2, key=jax.random.key(0),
+        progress=False,
+    )  # fmt: skip
+    assert np.all(np.isfinite(fit.history["loss"]))
+
+
+def test_bfloat16_and_frozen_layers(problem):
+    x, y = problem[1:]
+    net = jb.Sequential(jb.Dense(4, 5), jb.Tanh(), jb.Frozen(jb.Dense(5, 4)), jb.Dense(4, 3))
+    params = jax.tree.map(lambda v: v.astype(jnp.bfloat16), net.init(jax.random.key(0)))
+    low = x.astype(jnp.bfloat16)
+    grads = jb.value_and_grad(net, LOSS)(params, low, y)[1]
+    tx = jb.optim.kfac(net, LOSS, (low, y), damping=0.1, **EXACT)
+    for update in (tx.update, jax.jit(tx.update)):
+        step, _ = update(grads, tx.init(params), params, batch=(low, y))
+        assert not np.any(flat(step[2]).astype(float))
+        assert np.all(np.isfinite(flat(step).astype(float)))
+        assert step[0]["w"].dtype == jnp.bfloat16
 
 
 def spirals(n=300):
@@ -248,6 +290,9 @@ REFUSED = {
     "damping": (lambda e: jb.optim.kfac(NET, LOSS, e, 0.1, damping=0, **EXACT), "damping must be"),
     "decay": (lambda e: jb.optim.kfac(NET, LOSS, e, 0.1, decay=1.0, **EXACT), "decay must be"),
     "momentum": (lambda e: jb.optim.kfac(NET, LOSS, e, 0.1, momentum=-1, **EXACT), "momentum must"),
+    "rate": (lambda e: jb.optim.kfac(NET, LOSS, e, -1.0, **EXACT), "learning_rate must"),
+    "a word": (lambda e: jb.optim.hessian_free(NET, LOSS, "a"), "learning_rate must"),
+    "found": (lambda e: jb.optim.kfac(NET, LOSS, e, momentum=0.3, **EXACT), "given learning"),
     "clip": (lambda e: jb.optim.kfac(NET, LOSS, e, norm_constraint=1.0, **EXACT), "given learning"),
     "norm": (lambda e: jb.optim.kfac(NET, LOSS, e, 1.0, norm_constraint=0, **EXACT), "positive"),
     "invert": (lambda e: jb.optim.kfac(NET, LOSS, e, 1.0, invert_every=0, **EXACT), "invert_every"),

@@ -61,7 +61,7 @@ def traced(
         raise TypeError(f"cost must be a function (params, *example) -> scalar, not {cost!r}")
     named, tree = jax.tree_util.tree_flatten_with_path(params)
     paths = ["params" + jax.tree_util.keystr(path) for path, _ in named]
-    leaves = [_parameter(path, leaf) for path, (_, leaf) in zip(paths, named, strict=True)]
+    leaves = [parameter(path, leaf) for path, (_, leaf) in zip(paths, named, strict=True)]
     moving, batch_tree, n = _examples(batch)
     aux_trees: list[Any] = []
 
@@ -106,7 +106,8 @@ def _like(v: Array, axis: int = 0) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(v.shape[axis:], v.dtype, weak_type=getattr(v, "weak_type", False))
 
 
-def _parameter(path: str, leaf: Any) -> Array:
+def parameter(path: str, leaf: Any) -> Array:
+    """A parameter as an array; raises for what is none."""
     if not hasattr(leaf, "dtype") and not isinstance(leaf, float):
         raise TypeError(
             f"{path} is {leaf!r}: parameters must be arrays of floating-point numbers. Keep "

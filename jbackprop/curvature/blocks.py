@@ -204,8 +204,9 @@ class Eigen(Block):
 class BlockDiagonal:
     """A block-diagonal matrix over all parameters; made by `kfac` and `ekfac`.
 
-    Vectors are trees like params. A pytree: averages of two of them, of one network, are made by
-    `jax.tree.map`, which for `Kronecker` blocks averages factors.
+    Vectors are trees like params. What is frozen, or has no part in the outputs, is no part of it:
+    whatever it is asked to give is 0 there. A pytree: averages of two of them, of one network, are
+    made by `jax.tree.map`, which for `Kronecker` blocks averages factors.
 
     Attributes:
         blocks: by the layer's name, in forward order; a parameter beside others of its layer that
@@ -226,7 +227,14 @@ class BlockDiagonal:
         return self._of_each(lambda block, parts: block.apply(f, parts), vector)
 
     def solve(self, vector: PyTree, damping: Any) -> PyTree:
-        """(matrix + damping I)^-1 times a vector, exactly; decomposes `Kronecker` blocks anew."""
+        """(matrix + damping I)^-1 times a vector, exactly; decomposes `Kronecker` blocks anew.
+
+        Args:
+            vector: one, or several with an axis in front.
+            damping: a number.
+        """
+        if jnp.ndim(damping):
+            raise ValueError(f"damping must be one number, not an array {jnp.shape(damping)}")
         return self.apply(lambda e: 1 / (e + jnp.asarray(damping, e.dtype)), vector)
 
     def trace(self) -> Array:
@@ -247,7 +255,7 @@ class BlockDiagonal:
         if check_vector(self.tree, self.shapes, vector):
             return jax.vmap(lambda one: self._of_each(f, one))(vector)
         leaves, tree = jax.tree.flatten(vector)
-        found = list(leaves)
+        found = [jnp.zeros_like(leaf) for leaf in leaves]
         for block in self.blocks.values():
             parts = f(block, [leaves[k] for k in block.where.leaves])
             for k, part in zip(block.where.leaves, parts, strict=True):
@@ -259,5 +267,7 @@ jax.tree_util.register_dataclass(BlockDiagonal, ["blocks"], ["tree", "shapes"])
 
 
 def _sum(values: Sequence[Array]) -> Array:
+    if not values:
+        return jnp.zeros(())
     dtype = max((v.dtype for v in values), key=lambda dtype: jnp.finfo(dtype).bits)
     return jnp.sum(jnp.stack([v.astype(dtype) for v in values]))

@@ -83,7 +83,7 @@ def diag_ggn(
         ValueError: inputs or targets that do not fit; a layer couples the examples; no key.
         NotImplementedError: the loss has no root; the message names it.
     """
-    check_model(net, loss, params, x, y, key, roots.draws)
+    check_model(net, loss, params, x, y, key, roots)
     check_number("chunk", chunk, optional=True)
     return _diagonal(net, loss, roots, per_example, chunk, params, x, y, key)
 
@@ -165,7 +165,12 @@ def _rooted(pair: Factored) -> Factored | None:
     """
     if not isinstance(pair, Outer | Shift | Scale | Lookup) or pair.delta.shape[2] != 1:
         return None
-    pair = pair.with_deltas(lambda d: jnp.sqrt(lax.psum(wide_square(d), DELTAS)))
+
+    def root(delta: Array) -> Array:  # with a derivative where it is 0
+        square = lax.psum(wide_square(delta), DELTAS)
+        return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+    pair = pair.with_deltas(root)
     if isinstance(pair, Outer):  # the kinds want both of one dtype
         return dataclasses.replace(pair, a=pair.a.astype(pair.delta.dtype))
     return pair

@@ -16,7 +16,7 @@ from jbackprop.check.programs import reached
 from jbackprop.curvature.blocks import eigh
 from jbackprop.curvature.products import hessian_of
 from jbackprop.curvature.sweeps import Model, check_model, check_number, two_keys
-from jbackprop.factored import Factored, PyTree, is_factored
+from jbackprop.factored import PyTree, is_factored, wide_dtype
 from jbackprop.gradient import refuse_coupling
 from jbackprop.losses import Loss
 from jbackprop.structure import trainable_mask
@@ -139,7 +139,7 @@ def _propagate(
     if not jax.tree.leaves(params):
         return params, before
     if isinstance(node, Composite) or not _is_linear(node, params, x, key, delta):
-        return _one_by_one(node, params, x, key, delta, hessian, chunk), before
+        return _along_each(node, params, x, key, delta, hessian, chunk), before
     return _by_eigenvectors(node, params, x, key, delta, hessian, chunk), before
 
 
@@ -175,10 +175,8 @@ def _like(rows: Array, tree: Any) -> Any:
     """Rows (B, q) as a tree like another."""
     leaves, form = jax.tree.flatten(tree)
     ends = np.cumsum([leaf[0].size for leaf in leaves])
-    parts = jnp.split(rows, ends[:-1], axis=1)
-    return jax.tree.unflatten(
-        form, [v.reshape(leaf.shape) for v, leaf in zip(parts, leaves, strict=True)]
-    )
+    parts = zip(jnp.split(rows, ends[:-1], axis=1), leaves, strict=True)
+    return jax.tree.unflatten(form, [v.reshape(w.shape).astype(w.dtype) for v, w in parts])
 
 
 def _floating(tree: Any) -> list[Array]:
@@ -243,27 +241,23 @@ def _by_eigenvectors(
     hessian: Array,
     chunk: int | None,
 ) -> PyTree:
+    hessian = hessian.astype(wide_dtype(hessian.dtype))
     values, vectors = eigh((hessian + jnp.matrix_transpose(hessian)) / 2)
     roots = jnp.moveaxis(jnp.sqrt(jnp.abs(values))[:, None] * vectors, 2, 0)
     y, saved = forward(node, params, x, key)
     trace = node.trace(x, y, saved)
 
     def one(k: tuple[Array, Array]) -> PyTree:
-        root, sign = k
+        root, signs = k
         pairs = backward(node, params, trace, _like(root, delta), keep)[1]
-        return jax.tree.map(lambda pair: _moment(pair, sign), pairs, is_leaf=is_factored)
+        return jax.tree.map(lambda pair: pair.second_moment(signs), pairs, is_leaf=is_factored)
 
     signs = jnp.moveaxis(jnp.sign(values), 1, 0)
-    return jax.tree.map(
-        lambda v: jnp.sum(v, axis=0), lax.map(one, (roots, signs), batch_size=chunk)
-    )
+    found = lax.map(one, (roots, signs), batch_size=chunk)
+    return jax.tree.map(lambda v: jnp.sum(v, axis=0), found)
 
 
-def _moment(pair: Factored, signs: Array) -> Array:
-    return pair.second_moment(signs)
-
-
-def _one_by_one(
+def _along_each(
     node: Node,
     params: PyTree,
     x: Any,
@@ -322,7 +316,7 @@ def estimate_diag_hessian(
     Raises:
         ValueError: as `hessian_product`.
     """
-    check_model(net, loss, params, x, y, key, True)
+    check_model(net, loss, params, x, y, key, draws=True)
     check_number("samples", samples)
     check_number("chunk", chunk, optional=True)
     return _estimated(net, loss, samples, chunk, params, x, y, key)

@@ -33,6 +33,7 @@ from jbackprop.curvature.sweeps import (
 from jbackprop.factored import (
     Factored,
     Lookup,
+    Nothing,
     Outer,
     Patches,
     Place,
@@ -161,8 +162,15 @@ def ekfac(
             net, loss, params, x, y, roots, key=key, sharing=sharing, joint_bias=joint_bias,
             chunk=chunk,
         )  # fmt: skip
-    elif (basis.tree, basis.shapes) != (jax.tree.structure(params), shapes_of(params)):
-        raise ValueError("basis is of other parameters: make it by kfac, of this network")
+    elif not isinstance(basis, BlockDiagonal):
+        raise TypeError(f"basis must be what kfac or ekfac gives, not {type(basis).__name__}")
+    else:
+        own = {k for block in basis.blocks.values() for k in block.where.leaves}
+        pairs = pairs_of(net, params, x)
+        learning = {k for k, pair in enumerate(pairs) if not isinstance(pair, Nothing)}
+        due = (jax.tree.structure(params), shapes_of(params), learning)
+        if (basis.tree, basis.shapes, own) != due:
+            raise ValueError("basis is of other parameters: make it by kfac, of this network")
     return _ekfac(net, loss, roots, chunk, basis, params, x, y, key)
 
 
@@ -177,7 +185,7 @@ def _check(
     sharing: Any,
     chunk: Any,
 ) -> None:
-    check_model(net, loss, params, x, y, key, roots.draws)
+    check_model(net, loss, params, x, y, key, roots)
     check_number("chunk", chunk, optional=True)
     if sharing not in get_args(Sharing):
         raise ValueError(f'sharing must be "expand" or "reduce", not {sharing!r}')
@@ -246,7 +254,7 @@ def _planned(net: Model, params: PyTree, x: Any, sharing: Sharing, joint_bias: b
         own = [pairs[k] for k in group.leaves]
         roles = _roles(own, sharing, joint_bias)
         for k, pair, role in zip(group.leaves, own, roles, strict=True):
-            if role is _Role.IN_MATRIX:
+            if role is _Role.IN_MATRIX or isinstance(pair, Nothing):
                 continue
             several = sum(r is not _Role.IN_MATRIX for r in roles) > 1
             name = group.name + (jax.tree_util.keystr(paths[k][-1:]) if several else "")
@@ -404,9 +412,9 @@ def _ekfac(
     for block in basis.blocks.values():
         if isinstance(block, Eigen):
             stack = block.where.places[0].stack
-            apart = [v.reshape(*stack, -1, *v.shape[1:]) for v in (block.v,)]
-            u = None if block.u is None else block.u.reshape(*stack, -1, *block.u.shape[1:])
-            aux[block.where.leaves[0]] = (u, *apart)
+            u, v = (m if m is None else m.reshape(*stack, -1, *m.shape[1:])
+                    for m in (block.u, block.v))  # fmt: skip
+            aux[block.where.leaves[0]] = (u, v)
 
     def ask(pairs: Sequence[Factored], owns: Sequence[Any]) -> list[PyTree]:
         return [turned_second_moment(pair, *own) if own else second_moment(pair)

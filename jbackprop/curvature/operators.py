@@ -67,7 +67,7 @@ def ggn_operator(
         ValueError: as `ggn_product`; a negative damping.
         ImportError: lineax is not installed: `pip install 'jbackprop[solvers]'`.
     """
-    check_model(net, loss, params, x, y, key, roots is not None and roots.draws)
+    check_model(net, loss, params, x, y, key, roots)
     if isinstance(damping, float | int) and damping < 0:
         raise ValueError(
             f"damping must not be negative, or the operator is not definite: {damping}"

@@ -123,12 +123,11 @@ def fisher_product(
         NotImplementedError: but for `Empirical()`, a loss that is not canonical, such as `Huber`;
             the message names it.
     """
-    check_model(net, loss, params, x, y, key, roots.draws)
+    check_model(net, loss, params, x, y, key, roots)
     if not isinstance(roots, Empirical) and not isinstance(loss, Canonical):
-        loss.sample(jax.random.key(0), jnp.zeros((1, 1)))  # says why there is none
         raise NotImplementedError(
-            f"{loss} is not of the canonical family, so that its Fisher matrix is not its Gauss-"
-            "Newton matrix: use ggn_product, or Empirical()"
+            f"{loss} is not of the canonical family, a log likelihood in its natural parameters: it "
+            "has no Fisher matrix here. Use ggn_product, or Empirical()"
         )
     return _product(
         "ggn" if isinstance(roots, Exact) else roots, net, loss, params, x, y, vector, key

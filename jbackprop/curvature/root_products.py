@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from jbackprop.curvature.products import check_vector, learning, shapes_of
 from jbackprop.curvature.roots import Exact, Roots
-from jbackprop.curvature.sweeps import DELTAS, Model, check_model, check_number, over_deltas
+from jbackprop.curvature.sweeps import ALL, DELTAS, Model, check_model, check_number, over_deltas
 from jbackprop.factored import Factored, PyTree, widest_dtype
 from jbackprop.losses import Loss
 from jbackprop.sweep import batch_size
@@ -53,7 +53,7 @@ def ggn_block_product(
     Raises:
         ValueError, NotImplementedError: as `diag_ggn`; a vector that is not like params.
     """
-    check_model(net, loss, params, x, y, key, roots.draws)
+    check_model(net, loss, params, x, y, key, roots)
     check_number("chunk", chunk, optional=True)
     return _block_product(net, loss, roots, chunk, params, x, y, vector, key)
 
@@ -113,7 +113,7 @@ def ggn_root(
     Raises:
         ValueError, NotImplementedError: as `diag_ggn`.
     """
-    check_model(net, loss, params, x, y, key, roots.draws)
+    check_model(net, loss, params, x, y, key, roots)
     return _root(net, loss, roots, params, x, y, key)
 
 
@@ -121,11 +121,9 @@ def ggn_root(
 def _root(
     net: Model, loss: Loss, roots: Roots, params: PyTree, x: Any, y: Any, key: Array | None
 ) -> PyTree:
-    number = 1 << 62  # all at once
-
     def ask(pairs: Sequence[Factored], aux: Sequence[Any]) -> list[Array]:
         rows = [lax.all_gather(pair.each(), DELTAS) for pair in pairs]
         return [jnp.moveaxis(v, (0, 1), (-2, -1)) for v in rows]  # behind the axes of copies
 
-    found = over_deltas(net, loss, roots, params, x, y, key, ask, chunk=number)
+    found = over_deltas(net, loss, roots, params, x, y, key, ask, chunk=ALL)
     return jax.tree.map(lambda v: jnp.moveaxis(v, (-2, -1), (0, 1)) / batch_size(x) ** 0.5, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse.linalg
 from jax import Array, lax
-from jax.flatten_util import ravel_pytree
 
 from jbackprop.curvature.hessian import random_signs
 from jbackprop.curvature.products import ggn_of, hessian_of
@@ -28,7 +28,7 @@ from jbackprop.curvature.sweeps import (
     pairs_of,
     two_keys,
 )
-from jbackprop.factored import Factored, Nothing, PyTree
+from jbackprop.factored import Factored, Nothing, PyTree, wide_dtype, widest_dtype
 from jbackprop.losses import Loss
 from jbackprop.sweep import batch_size
 
@@ -64,7 +64,7 @@ def trace_ggn(
     Raises:
         ValueError, NotImplementedError: as `diag_ggn`.
     """
-    check_model(net, loss, params, x, y, key, roots.draws)
+    check_model(net, loss, params, x, y, key, roots)
     check_number("chunk", chunk, optional=True)
     found = _traces(net, loss, roots, chunk, params, x, y, key)
     return _by_layer(net, params, x, found, per_layer)
@@ -121,7 +121,7 @@ def trace_hessian(
     Raises:
         ValueError: as `hessian_product`.
     """
-    check_model(net, loss, params, x, y, key, True)
+    check_model(net, loss, params, x, y, key, draws=True)
     check_number("samples", samples)
     check_number("chunk", chunk, optional=True)
     found = _estimated_traces(net, loss, samples, chunk, params, x, y, key)
@@ -146,17 +146,22 @@ def _estimated_traces(
     def one(key: Array) -> list[Array]:
         signs = random_signs(key, params)
         pairs = zip(jax.tree.leaves(signs), jax.tree.leaves(product(signs)), strict=True)
-        return [jnp.vdot(v, h) for v, h in pairs]
+        return [jnp.vdot(wide(v), wide(h)) for v, h in pairs]
 
     found = lax.map(one, jax.random.split(drawn, samples), batch_size=chunk)
     return [jnp.mean(v) for v in found]
+
+
+def wide(v: Array) -> Array:
+    """In float32 at least."""
+    return v.astype(wide_dtype(v.dtype))
 
 
 def _by_layer(
     net: Model, params: PyTree, x: Any, found: Sequence[Array], per_layer: bool
 ) -> Array | OrderedDict[str, Array]:
     if not per_layer:
-        return jnp.sum(jnp.stack(found))
+        return jnp.sum(jnp.stack(found)) if found else jnp.zeros(())
     groups = layers_of(net, params, pairs_of(net, params, x))
     return OrderedDict((g.name, jnp.sum(jnp.stack([found[k] for k in g.leaves]))) for g in groups)
 
@@ -204,28 +209,26 @@ def top_eigenvalues(
     """
     _check_matrix(net, loss, params, x, y, matrix)
     check_number("number", number)
-    groups, ask = _asked(net, loss, params, x, y, matrix, key, per_layer)
     start = jax.random.key(0) if key is None else jax.random.fold_in(key, 1)
+    data = (params, x, y, key)
 
     def of(group: Group) -> Any:
-        size, product, spread = ask(group)
-        values, found = _largest(
-            product, size, number, start, tolerance, jnp.result_type(*_leaves(params))
-        )
-        return (values, spread(found.T)) if vectors else values
+        block = _Block(net, loss, matrix, group.leaves)
+        size = block.size(params)
+        v0 = jax.random.normal(start, (size,), block.dtype(params))
+        values, found = _largest(lambda v: block.product(*data, v), v0, number, tolerance)
+        return (values, block.spread(params, found.T)) if vectors else values
 
+    groups = _blocks(net, params, x, per_layer)
     found = OrderedDict((group.name, of(group)) for group in groups)
-    return found if per_layer else found["net"]
-
-
-def _leaves(params: PyTree) -> list[Any]:
-    return [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
+    return found if per_layer else found[_ALL]
 
 
 def _largest(
-    product: Callable[[Any], Any], size: int, number: int, key: Array, tolerance: float, dtype: Any
+    product: Callable[[Any], Any], start: Array, number: int, tolerance: float
 ) -> tuple[Any, Any]:
     """Eigenvalues and eigenvectors (size, number) of largest absolute value."""
+    size, dtype = start.shape[0], start.dtype
 
     def times(v: Any) -> Any:
         return np.asarray(product(jnp.asarray(v, dtype)))
@@ -233,13 +236,14 @@ def _largest(
     if size <= max(_DENSE, 2 * number + 1):
         dense = np.stack([times(row) for row in np.eye(size)])
         values, found = np.linalg.eigh((dense + dense.T) / 2)
+    elif not np.any(times(start)):  # a matrix of zeros, which ARPACK refuses
+        values, found = np.zeros(number, dtype), np.eye(size, number, dtype=dtype)
     else:
         operator = scipy.sparse.linalg.LinearOperator(
             (size, size), matvec=lambda v: times(v.reshape(-1)), dtype=dtype
         )
-        start = np.asarray(jax.random.normal(key, (size,), dtype))
         values, found = scipy.sparse.linalg.eigsh(
-            operator, number, which="LM", v0=start, tol=tolerance
+            operator, number, which="LM", v0=np.asarray(start), tol=tolerance
         )
     order = np.argsort(-np.abs(values))[:number]
     return values[order], found[:, order]
@@ -309,29 +313,40 @@ def spectral_density(
         check_number(name, value)
     if not width > 0:
         raise ValueError(f"width must be positive, not {width}")
+    keys = jax.random.split(jax.random.fold_in(key, 1), samples)
+    data = (params, x, y, key)
+
+    def of(group: Group) -> Density:
+        block = _Block(net, loss, matrix, group.leaves)
+        nodes, weights = _quadrature(block, steps, *data, keys)
+        return _smoothed(nodes, weights, points, width)
+
+    groups = _blocks(net, params, x, per_layer)
+    found = OrderedDict((group.name, of(group)) for group in groups)
+    return found if per_layer else found[_ALL]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _quadrature(
+    block: _Block, steps: int, params: PyTree, x: Any, y: Any, draw: Array, keys: Array
+) -> tuple[Array, Array]:
+    """Nodes and weights (samples, steps), one vector after the other."""
     try:
         from matfree import decomp
     except ImportError as error:
         raise ImportError(
             "spectral_density takes Lanczos from matfree: pip install 'jbackprop[solvers]'"
         ) from error
-    groups, ask = _asked(net, loss, params, x, y, matrix, key, per_layer)
+    size = block.size(params)
+    lanczos = decomp.tridiag_sym(min(steps, size), materialize=False, custom_vjp=False)
 
-    def of(group: Group) -> Density:
-        size, product, _ = ask(group)
-        lanczos = decomp.tridiag_sym(min(steps, size), materialize=False, custom_vjp=False)
+    def one(key: Array) -> tuple[Array, Array]:
+        start = jax.random.rademacher(key, (size,), block.dtype(params))
+        made = lanczos(lambda v: block.product(params, x, y, draw, v), start)
+        values, vectors = jnp.linalg.eigh(_tridiagonal(*made.J_small))
+        return values, jnp.square(vectors[0])
 
-        def one(key: Array) -> tuple[Array, Array]:
-            start = jax.random.rademacher(key, (size,), jnp.result_type(*_leaves(params)))
-            values, vectors = jnp.linalg.eigh(_tridiagonal(*lanczos(product, start).J_small))
-            return values, jnp.square(vectors[0])
-
-        keys = jax.random.split(jax.random.fold_in(key, 1), samples)
-        nodes, weights = jax.jit(lambda keys: lax.map(one, keys))(keys)
-        return _smoothed(nodes, weights, points, width)
-
-    found = OrderedDict((group.name, of(group)) for group in groups)
-    return found if per_layer else found["net"]
+    return lax.map(one, keys)
 
 
 def _tridiagonal(diagonal: Array, beside: Array) -> Array:
@@ -343,18 +358,19 @@ def _tridiagonal(diagonal: Array, beside: Array) -> Array:
     """
     scale = jnp.maximum(jnp.abs(diagonal[:-1]), jnp.abs(beside))
     scale = lax.associative_scan(jnp.maximum, scale)
-    there = jnp.cumprod(jnp.abs(beside) > 100 * jnp.finfo(beside.dtype).eps * scale)
-    there = there.astype(beside.dtype)
-    after = jnp.concatenate([jnp.ones(1, there.dtype), there])
-    return jnp.diag(after * diagonal) + jnp.diag(there * beside, 1) + jnp.diag(there * beside, -1)
+    there = jnp.cumprod(jnp.abs(beside) > 100 * jnp.finfo(beside.dtype).eps * scale) == 1
+    after = jnp.concatenate([jnp.ones(1, bool), there])
+    beside = jnp.where(there, beside, 0)  # what is cut off may be NaN
+    return jnp.diag(jnp.where(after, diagonal, 0)) + jnp.diag(beside, 1) + jnp.diag(beside, -1)
 
 
 def _smoothed(nodes: Array, weights: Array, points: int, width: float) -> Density:
     counts = weights > jnp.finfo(weights.dtype).eps
     low = jnp.min(nodes, where=counts, initial=jnp.inf)
     high = jnp.max(nodes, where=counts, initial=-jnp.inf)
-    scale = jnp.maximum(high - low, jnp.finfo(nodes.dtype).tiny ** 0.5)
-    sigma = width * scale
+    largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    scale = jnp.maximum(high - low, 1e-3 * largest)  # of one eigenvalue, still a bell
+    sigma = width * jnp.where(scale > 0, scale, 1)
     grid = jnp.linspace(low - 5 * sigma, high + 5 * sigma, points)
     away = (grid[:, None] - nodes.reshape(1, -1)) / sigma
     bells = jnp.exp(-0.5 * jnp.square(away)) / (sigma * (2 * jnp.pi) ** 0.5)
@@ -367,40 +383,65 @@ def _check_matrix(net: Any, loss: Any, params: Any, x: Any, y: Any, matrix: Any)
         raise ValueError(f'matrix must be "ggn" or "hessian", not {matrix!r}')
 
 
-def _asked(
-    net: Model,
-    loss: Loss,
-    params: PyTree,
-    x: Any,
-    y: Any,
-    matrix: Matrix,
-    key: Array | None,
-    per_layer: bool,
-) -> tuple[list[Group], Callable[[Group], tuple[int, Callable[..., Any], Callable[..., Any]]]]:
-    """The blocks; and of each its size, its product with flat vectors, and how to spread these."""
-    of = hessian_of if matrix == "hessian" else ggn_of
-    leaves, tree = jax.tree.flatten(params)
+_ALL = "all layers"
+
+
+def _blocks(net: Model, params: PyTree, x: Any, per_layer: bool) -> list[Group]:
+    """The diagonal blocks that are asked for, of what learns."""
     pairs = pairs_of(net, params, x)
-    learning = {k for k, pair in enumerate(pairs) if not isinstance(pair, Nothing)}
-    groups = layers_of(net, params, pairs)
+    learning = [k for k, pair in enumerate(pairs) if not isinstance(pair, Nothing)]
+    if not learning:
+        raise ValueError("no parameter learns and reaches the outputs: there is no spectrum")
     if not per_layer:
-        groups = [Group("net", tuple(range(len(leaves))))]
-    groups = [g._replace(leaves=tuple(k for k in g.leaves if k in learning)) for g in groups]
+        return [Group(_ALL, tuple(learning))]
+    groups = [
+        group._replace(leaves=tuple(k for k in group.leaves if k in learning))
+        for group in layers_of(net, params, pairs)
+    ]
+    return [group for group in groups if group.leaves]
 
-    def ask(group: Group) -> tuple[int, Callable[..., Any], Callable[..., Any]]:
-        flat, unflatten = ravel_pytree([leaves[k] for k in group.leaves])
 
-        def spread(vector: Array) -> PyTree:
-            parts = dict(zip(group.leaves, unflatten(vector), strict=True))
-            return jax.tree.unflatten(
-                tree, [parts.get(k, jnp.zeros_like(v)) for k, v in enumerate(leaves)]
-            )
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """A diagonal block, over flat vectors in float32 at least.
 
-        @jax.jit
-        def product(vector: Array) -> Array:
-            found = jax.tree.leaves(of(net, loss, params, x, y, key)(spread(vector)))
-            return ravel_pytree([found[k] for k in group.leaves])[0]
+    Attributes:
+        net, loss, matrix: what it is of.
+        leaves: the numbers of its parameters.
+    """
 
-        return flat.size, product, jax.vmap(spread)
+    net: Model
+    loss: Loss
+    matrix: Matrix
+    leaves: tuple[int, ...]
 
-    return [g for g in groups if g.leaves], ask
+    def _own(self, params: PyTree) -> list[Array]:
+        every = jax.tree.leaves(params)
+        return [every[k] for k in self.leaves]
+
+    def size(self, params: PyTree) -> int:
+        """How many parameters it has."""
+        return sum(leaf.size for leaf in self._own(params))
+
+    def dtype(self, params: PyTree) -> Any:
+        """That of its vectors."""
+        return widest_dtype([wide_dtype(jnp.result_type(leaf)) for leaf in self._own(params)])
+
+    def spread(self, params: PyTree, vectors: Any) -> PyTree:
+        """Flat vectors (k, size) as trees like params, 0 outside the block."""
+        leaves, tree = jax.tree.flatten(params)
+        number, start = vectors.shape[0], 0
+        found = [jnp.zeros((number, *v.shape), v.dtype) for v in leaves]
+        for k in self.leaves:
+            part = vectors[:, start : start + leaves[k].size]
+            found[k] = jnp.asarray(part, leaves[k].dtype).reshape(found[k].shape)
+            start += leaves[k].size
+        return jax.tree.unflatten(tree, found)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def product(self, params: PyTree, x: Any, y: Any, key: Array | None, vector: Array) -> Array:
+        """The block times a flat vector."""
+        of = hessian_of if self.matrix == "hessian" else ggn_of
+        one = jax.tree.map(lambda v: v[0], self.spread(params, vector[None]))
+        found = self._own(of(self.net, self.loss, params, x, y, key)(one))
+        return jnp.concatenate([v.reshape(-1).astype(vector.dtype) for v in found])

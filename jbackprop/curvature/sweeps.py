@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbackprop.capture.program import Program, traced
+from jbackprop.capture.program import Program, parameter, traced
 from jbackprop.capture.sweep import run_several
 from jbackprop.curvature.roots import Columns, Roots
 from jbackprop.factored import (
@@ -32,6 +33,8 @@ from jbackprop.sweep import Node, Trace, backward, batch_size, forward, keep
 _T = TypeVar("_T")
 DELTAS = "deltas"
 """The name of the axis of the deltas S_v, of which each pair is asked under a `jax.vmap`."""
+ALL = sys.maxsize
+"""A chunk of all deltas."""
 AT_ONCE = 1 << 22
 """Numbers of the widest layer's deltas that are swept at once, about."""
 
@@ -50,14 +53,26 @@ class Group(NamedTuple):
 
 
 def check_model(
-    net: Any, loss: Any, params: Any, x: Any, y: Any, key: Any = None, draws: bool = False
+    net: Any,
+    loss: Any,
+    params: Any,
+    x: Any,
+    y: Any,
+    key: Any = None,
+    roots: Any = None,
+    draws: bool = False,
 ) -> None:
     """Raise where the arguments cannot belong together."""
     if callable(net) and not isinstance(net, Node | type):
-        check_call(_Function(), loss, params, x, y)
+        check_call(_Function(), loss, (), x, y)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+            parameter("params" + jax.tree_util.keystr(path), leaf)
     else:
         check_call(net, loss, params, x, y)
-    if draws and key is None:
+    if roots is not None and not isinstance(roots, Roots):
+        hint = ": add ()" if isinstance(roots, type) and issubclass(roots, Roots) else ""
+        raise TypeError(f"roots must be Exact(), MonteCarlo() or Empirical(), not {roots!r}{hint}")
+    if key is None and (draws or (roots is not None and roots.draws)):
         raise ValueError("random numbers are needed: give key=jax.random.key(...)")
     if batch_size(x) == 0:
         raise ValueError("the batch is empty: the curvature of its mean cost is not defined")
@@ -90,11 +105,9 @@ def outputs_of(net: Model, params: PyTree, x: Any, key: Array | None = None) -> 
 
 
 def two_keys(net: Model, key: Array | None) -> tuple[Array | None, Array | None]:
-    """One for the layers that draw, and one for the targets."""
-    if key is None or not (isinstance(net, Node) and net.draws):
-        return None, key
-    own, drawn = jax.random.split(key)
-    return own, drawn
+    """One for the layers that draw, the same as in a gradient; and another for the targets."""
+    own = key if isinstance(net, Node) and net.draws else None
+    return own, None if key is None else jax.random.fold_in(key, 1)
 
 
 def over_deltas(

@@ -66,7 +66,10 @@ class Loss(abc.ABC):
         return z
 
     def hessian_product(self, z: Array, y: Any, v: Array) -> Array:
-        """H_n v_n, unscaled like `delta`: v (B, ..., q) -> (B, ..., q), in z's dtype."""
+        """H_n v_n, unscaled like `delta`: v (B, ..., q) -> (B, ..., q), in z's dtype.
+
+        Where H_n could be indefinite, that of the part of it that the Gauss-Newton matrix has.
+        """
         raise NotImplementedError(self._no_root("hessian_product"))
 
     def hessian_root(self, z: Array, y: Any) -> Array:

@@ -123,7 +123,11 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
 
     def sampled_root(self, key: Array, z: Array, y: Any) -> Array:
         capped = self._capped(z)
-        return (self._slope(capped) * super().sampled_root(key, capped, y)).astype(z.dtype)
+        plain = SoftmaxCrossEntropy(self.label_smoothing, self.class_weights, self.ignore_index)
+        return (self._slope(capped) * plain.sampled_root(key, capped, y)).astype(z.dtype)
+
+    def sample(self, key: Array, z: Array) -> Array:
+        return super().sample(key, self._capped(z)).astype(z.dtype)
 
     def check(self, z_shape: tuple[int, ...], y: Any) -> None:
         if not jnp.issubdtype(jnp.result_type(y), jnp.integer) and jnp.shape(y) == z_shape:

@@ -24,7 +24,8 @@ class LevenbergMarquardt:
         rho = (C(theta + d) - C(theta)) / M(d)
 
     lambda is multiplied by factor^every where rho > 3/4, and divided by it where rho < 1/4 (or is
-    not finite). It costs one forward sweep and a product with G.
+    not finite); it stays where M(d) is hardly more than the rounding of C, so that rho says
+    nothing. It costs one forward sweep and a product with G.
 
     Source: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate
     curvature (2015), section 6.5.
@@ -77,6 +78,15 @@ def check_damping(damping: Any) -> None:
         )
 
 
+def check_rate(rate: Any, optional: bool = False) -> None:
+    """Raise unless it is a positive number, a schedule, or (where it is optional) None."""
+    if callable(rate) or (optional and rate is None):
+        return
+    number = isinstance(rate, float | int) and not isinstance(rate, bool)
+    if not (number and 0 < rate < math.inf):
+        raise ValueError(f"learning_rate must be a positive number or a schedule, not {rate!r}")
+
+
 def initial(damping: Damping) -> Array:
     """lambda to begin with."""
     first = damping.initial if isinstance(damping, LevenbergMarquardt) else damping
@@ -107,7 +117,9 @@ def next_damping(
     def look() -> Array:
         found = value_fn_(optax.apply_updates(params, step)) - value_
         model = inner(grads, step) + quadratic(product(step), step, step, damping) / 2
-        return rule_.adapted(damping, found.astype(damping.dtype) / model.astype(damping.dtype))
+        rounding = 8 * jnp.finfo(value_.dtype).eps * jnp.abs(value_)
+        new = rule_.adapted(damping, found.astype(damping.dtype) / model.astype(damping.dtype))
+        return jnp.where(jnp.abs(model) <= rounding.astype(model.dtype), damping, new)
 
     return lax.cond(steps % rule.every == rule.every - 1, look, lambda: damping)
 

@@ -18,6 +18,7 @@ from jbackprop.optim.damping import (
     Damping,
     LevenbergMarquardt,
     check_damping,
+    check_rate,
     initial,
     next_damping,
 )
@@ -29,7 +30,7 @@ class HessianFreeState(NamedTuple):
     Attributes:
         steps: so far.
         damping: lambda.
-        step: the last step, like params; the next search begins near it.
+        step: the last solution d, like params; the next search begins near it.
     """
 
     steps: Array
@@ -54,7 +55,8 @@ def hessian_free(
     warm_start times the last d. For large batches: about two gradients' work each iteration.
 
     The update needs the mini-batch: `update(grads, state, params, batch=(x, y))`, as
-    `jbackprop.fit` calls it; with `LevenbergMarquardt` also value and value_fn.
+    `jbackprop.fit` calls it; where layers draw, the key of the gradient's draw, as `batch_key`; and
+    with `LevenbergMarquardt` also value and value_fn.
 
     Source: Martens, Deep learning via Hessian-free optimization (2010), section 4.
 
@@ -75,6 +77,7 @@ def hessian_free(
         TypeError: an update without params or batch.
     """
     check_damping(damping)
+    check_rate(learning_rate)
     check_number("iterations", iterations)
     if not 0 <= warm_start <= 1:
         raise ValueError(f"warm_start must be from 0 to 1, not {warm_start}")
@@ -91,6 +94,7 @@ def hessian_free(
         params: PyTree | None = None,
         *,
         batch: tuple[Any, Any] | None = None,
+        batch_key: Array | None = None,
         value: Array | None = None,
         value_fn: Callable[[PyTree], Array] | None = None,
         **_: Any,
@@ -102,7 +106,7 @@ def hessian_free(
             )
         x, y = batch
         check_model(net, loss, params, x, y)
-        product = ggn_of(net, loss, params, x, y)
+        product = ggn_of(net, loss, params, x, y, batch_key)
 
         def damped(v: PyTree) -> PyTree:
             return jax.tree.map(lambda h, v: h + state.damping.astype(v.dtype) * v, product(v), v)

@@ -19,7 +19,16 @@ from jbackprop.curvature.roots import MonteCarlo, Roots
 from jbackprop.curvature.sweeps import Model, check_number
 from jbackprop.factored import PyTree
 from jbackprop.losses import Loss
-from jbackprop.optim.damping import Damping, check_damping, initial, inner, next_damping, quadratic
+from jbackprop.optim.damping import (
+    Damping,
+    LevenbergMarquardt,
+    check_damping,
+    check_rate,
+    initial,
+    inner,
+    next_damping,
+    quadratic,
+)
 
 Rate = float | Callable[[Any], Any]
 
@@ -51,8 +60,8 @@ def kfac(
     learning_rate: Rate | None = None,
     *,
     key: Array,
-    damping: Damping = 1e-3,
-    momentum: float | None = 0.9,
+    damping: Damping = LevenbergMarquardt(),  # noqa: B008, it is immutable
+    momentum: float | None = None,
     decay: float = 0.95,
     factors_every: int = 1,
     invert_every: int = 10,
@@ -73,10 +82,13 @@ def kfac(
 
     Without a learning rate, rate and momentum are those that minimise the quadratic model
     M(d) = g . d + d . (F + lambda I) d / 2 over both, with F the Gauss-Newton matrix itself: two
-    products more in each step, and nothing to tune.
+    products more in each step. What the model does not see, the noise of small mini-batches above
+    all, is for the damping: with a small one that is fixed, small batches may diverge.
 
     The update needs the mini-batch: `update(grads, state, params, batch=(x, y))`, as
-    `jbackprop.fit` calls it. In `optax.chain` it belongs last: what it gives is the step.
+    `jbackprop.fit` calls it; and where layers draw, the key of the gradient's draw, as `batch_key`,
+    so that the curvature is that of the same network. In `optax.chain` it belongs last: what it
+    gives is the step.
 
     Source: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate
     curvature (2015), algorithm 2, sections 5 (averages), 6.4 and 7 (rate and momentum); the damping
@@ -90,16 +102,17 @@ def kfac(
         loss: a `Loss` that has a `hessian_root`.
         example: a mini-batch (x, y) of any size; only its shapes are used.
         learning_rate: a number, a schedule of the count of steps, or None.
-        key: for random targets, and for layers that draw.
-        damping: lambda, a positive number, or `LevenbergMarquardt(...)`.
-        momentum: from 0 to 1; with no learning rate it is found, and this must be left alone.
+        key: for random targets, and for layers that draw where no `batch_key` is given.
+        damping: lambda, a positive number, or `LevenbergMarquardt(...)`, for which update needs
+            value and value_fn too.
+        momentum: at least 0 and below 1, by default 0.9; with no learning rate it is found.
         decay: of the averages: min(1 - 1/t, decay) at their update t.
         factors_every: how often the factors are updated, in steps.
         invert_every: how often their eigenvectors are found anew.
         norm_constraint: positive, or None; with a learning rate only.
         roots, sharing, joint_bias: as in `jbackprop.curvature.kfac`.
-        corrected: whether eigenvalues are those of `jbackprop.curvature.ekfac`, of the mini-batch
-            of the last inversion.
+        corrected: whether eigenvalues are a running average of those of
+            `jbackprop.curvature.ekfac`, begun anew at every inversion with those of the factors.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with the state `KfacState`.
@@ -116,8 +129,9 @@ def kfac(
             raise ValueError(f"{name} must be at least 0 and below 1, not {share}")
     if norm_constraint is not None and not 0 < norm_constraint < math.inf:
         raise ValueError(f"norm_constraint must be positive, or None, not {norm_constraint}")
-    if norm_constraint is not None and learning_rate is None:
-        raise ValueError("norm_constraint bounds a step of a given learning rate: give one")
+    if learning_rate is None and not (norm_constraint is momentum is None):
+        raise ValueError("norm_constraint and momentum go with a given learning rate: give one")
+    check_rate(learning_rate, optional=True)
     if not (isinstance(example, tuple | list) and len(example) == 2):
         raise TypeError("example must be a mini-batch (x, y), of which only shapes are used")
 
@@ -125,14 +139,6 @@ def kfac(
         return curvature.kfac(
             net, loss, params, x, y, roots, key=key, sharing=sharing, joint_bias=joint_bias
         )
-
-    def basis_of(
-        factors: BlockDiagonal, params: PyTree, x: Any, y: Any, key: Array
-    ) -> BlockDiagonal:
-        if not corrected:
-            return factors.decomposed()
-        basis = factors.decomposed()
-        return curvature.ekfac(net, loss, params, x, y, roots, key=key, basis=basis)
 
     def init(params: PyTree) -> KfacState:
         shapes = jax.eval_shape(factors_of, params, *example, key)
@@ -150,6 +156,7 @@ def kfac(
         params: PyTree | None = None,
         *,
         batch: tuple[Any, Any] | None = None,
+        batch_key: Array | None = None,
         value: Array | None = None,
         value_fn: Callable[[PyTree], Array] | None = None,
         **_: Any,
@@ -160,26 +167,31 @@ def kfac(
                 "update(grads, state, params, batch=(x, y))"
             )
         x, y = batch
-        steps, own, drawn, again = state.steps, *jax.random.split(state.key, 3)
+        steps, own, drawn = state.steps, *jax.random.split(state.key)
+        drawn = drawn if batch_key is None else batch_key
+        number = (steps // factors_every).astype(float)
+        share = jnp.minimum(number / (number + 1), decay)
+        updates = steps % factors_every == 0
 
         def averaged() -> BlockDiagonal:
-            number = (steps // factors_every).astype(float)
-            share = jnp.minimum(number / (number + 1), decay)
             return curvature.update_average(state.factors, factors_of(params, x, y, drawn), share)
 
-        factors = lax.cond(steps % factors_every == 0, averaged, lambda: state.factors)
-        basis = lax.cond(
-            steps % invert_every == 0,
-            lambda: basis_of(factors, params, x, y, again),
-            lambda: state.basis,
-        )
+        def mixed(basis: BlockDiagonal) -> BlockDiagonal:
+            new = curvature.ekfac(net, loss, params, x, y, roots, key=drawn, basis=basis)
+            return curvature.update_average(basis, new, share)  # eigenvectors are the same
+
+        factors = lax.cond(updates, averaged, lambda: state.factors)
+        basis = lax.cond(steps % invert_every == 0, factors.decomposed, lambda: state.basis)
+        if corrected:
+            basis = lax.cond(updates, mixed, lambda basis: basis, basis)
         natural = basis.solve(grads, state.damping)
-        product = ggn_of(net, loss, params, x, y)
+        product = ggn_of(net, loss, params, x, y, batch_key)
         if learning_rate is None:
             step = _minimising(grads, natural, state, product)
         else:
             rate = learning_rate(steps) if callable(learning_rate) else learning_rate
-            step = _given(grads, natural, state, rate, momentum or 0.0, norm_constraint)
+            kept = 0.9 if momentum is None else momentum
+            step = _given(grads, natural, state, rate, kept, norm_constraint)
         new = next_damping(
             damping, state.damping, steps, step, grads, params, product, value, value_fn
         )
@@ -212,10 +224,7 @@ def _minimising(
 ) -> PyTree:
     """The best step in the plane of -natural and the last step, by the quadratic model."""
     down = jax.tree.map(jnp.negative, natural)
-    both = jax.tree.map(lambda *v: jnp.stack(v), down, state.step)
-    curved = jax.vmap(product)(both)
-    one, last = (jax.tree.map(lambda v, k=k: v[k], curved) for k in (0, 1))
-    damping = state.damping
+    one, last, damping = product(down), product(state.step), state.damping
     aa, ab = quadratic(one, down, down, damping), quadratic(last, down, state.step, damping)
     bb = quadratic(last, state.step, state.step, damping)
     ga, gb = inner(grads, down), inner(grads, state.step)

@@ -209,7 +209,8 @@ def _step(
         return jnp.mean(costs(task.net, task.loss, params, x, y, key))
 
     updates, opt_state = optax.with_extra_args_support(task.optimizer).update(
-        grads, opt_state, params, value=value, grad=grads, value_fn=value_fn, batch=(x, y)
-    )
+        grads, opt_state, params,
+        value=value, grad=grads, value_fn=value_fn, batch=(x, y), batch_key=key,
+    )  # fmt: skip
     means = {"loss": value} | {k: jnp.mean(v) for k, v in measure(task.metrics, outputs, y)}
     return optax.apply_updates(params, updates), opt_state, means
