@@ -167,10 +167,11 @@ def test_every_net_against_its_dense_matrices(case):
 
 def kfac_is_exact(case):
     """Of one example: where every layer is one matrix, with its bias, used at one position."""
-    for _, layer, part in structure.walk(case.net, case.params):
+    params = jax.eval_shape(case.net.init, jax.random.key(0))
+    for _, layer, part in structure.walk(case.net, params):
         if jax.tree.leaves(part) and not isinstance(layer, jb.Dense):
             return False
-    pairs = pairs_of(case.net, case.params, case.x)
+    pairs = pairs_of(case.net, params, catalogue._shapes(case.inputs, case.batch))
     return all(getattr(p, "delta", np.zeros((0, 0, 2))).shape[2] == 1 for p in pairs)
 
 
@@ -625,7 +626,7 @@ def test_one_key_is_one_network(problem):
     assert relative(cv.trace_ggn(*batch, key=key), np.trace(ggn)) < 1e-12
     top = cv.top_eigenvalues(*batch, matrix="hessian", key=key)
     due = np.linalg.eigvalsh(hessian)
-    assert relative(top, due[np.argmax(np.abs(due))]) < 1e-10
+    assert relative(top[0], due[np.argmax(np.abs(due))]) < 1e-10
 
 
 def test_a_diagonal_has_a_derivative_where_deltas_are_zero(problem):
@@ -689,7 +690,7 @@ def test_bfloat16_where_lapack_has_none(problem):
     top = cv.top_eigenvalues(*problem, 2)
     assert relative(cv.top_eigenvalues(*batch, 2), top) < 0.05
     density = cv.spectral_density(*batch, key=jax.random.key(0), steps=6)
-    assert abs(jnp.max(density.nodes) - top[0]) < 0.05 * top[0]
+    assert relative(jnp.max(density.nodes), top[0]) < 0.05
     found = cv.trace_hessian(*batch, key=jax.random.key(0))
     assert found.dtype == jnp.float32
 

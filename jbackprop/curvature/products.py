@@ -126,8 +126,8 @@ def fisher_product(
     check_model(net, loss, params, x, y, key, roots)
     if not isinstance(roots, Empirical) and not isinstance(loss, Canonical):
         raise NotImplementedError(
-            f"{loss} is not of the canonical family, a log likelihood in its natural parameters: it "
-            "has no Fisher matrix here. Use ggn_product, or Empirical()"
+            f"{loss} is not of the canonical family, a log likelihood in its natural parameters, "
+            "and has no Fisher matrix here: use ggn_product, or Empirical()"
         )
     return _product(
         "ggn" if isinstance(roots, Exact) else roots, net, loss, params, x, y, vector, key
