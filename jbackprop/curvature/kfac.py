@@ -373,25 +373,29 @@ def _factors(role: _Role, pair: Any, sharing: Sharing, blocks: int) -> Any:
 
 
 def _gram(v: Array) -> Array:
-    """sum_nt v (outer) v for each group: (n, G, T, f) -> (G, f, f).
-
-    Of many rows only what is on the diagonal or above is found, in some slabs: the rest is the
-    same, and copying it takes less time than as many products.
-    """
+    """sum_nt v (outer) v for each group: (n, G, T, f) -> (G, f, f)."""
     n, groups, t, f = v.shape
-    slabs = min(4, f // _SLAB)
-    if groups != 1 or slabs < 2 or n * t < 2 * f:
+    if groups != 1:
         return einsum("ngti,ngtj->gij", v, v)
-    rows, width = v.reshape(n * t, f), -(-f // slabs)
-    starts = range(0, f, width)
-    upper = [einsum("ri,rj->ij", rows[:, k : k + width], rows[:, k:]) for k in starts]
-    padded = [jnp.pad(part, ((0, 0), (k, 0))) for k, part in zip(starts, upper, strict=True)]
-    whole = jnp.triu(jnp.concatenate(padded))
-    return (whole + jnp.triu(whole, 1).T)[None]
+    return _of_rows(v.reshape(n * t, f))[None]
 
 
-_SLAB = 64
-"""Columns that are worth a product of their own."""
+def _of_rows(v: Array) -> Array:
+    """V^T V of rows (n, f); of many and long ones without what is below the diagonal.
+
+    [[L^T L, L^T R], [R^T L, R^T R]] of the left and the right half: the third is the second turned,
+    and copying it takes less time than as many products.
+    """
+    rows, f = v.shape
+    if rows < _MANY or f < _LONG:
+        return einsum("ni,nj->ij", v, v)
+    left, right = v[:, : f // 2], v[:, f // 2 :]
+    across = einsum("ni,nj->ij", left, right)
+    upper = jnp.concatenate([_of_rows(left), across], axis=1)
+    return jnp.concatenate([upper, jnp.concatenate([across.T, _of_rows(right)], axis=1)])
+
+
+_MANY, _LONG = 384, 192
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
