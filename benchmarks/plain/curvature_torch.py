@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from per_example_torch import Answer, Peers, flat, main
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 QUANTITIES = ("hessian_product", "ggn_product", "diag_mc", "diag_exact", "kfac", "kflr")
 
@@ -58,7 +59,8 @@ class CurvaturePeers(Peers):
         vector = [torch.randn_like(p) for p in params]
 
         def answer() -> Any:
-            z, y = flat(net(self.x), self.y)
+            with sdpa_kernel(SDPBackend.MATH):  # no other attention has a second derivative
+                z, y = flat(net(self.x), self.y)
             value = loss(z, y)
             if quantity == "hessian_product":
                 return hessian_vector_product(value, params, vector)
