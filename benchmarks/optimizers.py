@@ -35,7 +35,7 @@ import jbackprop as jb
 from jbackprop.table import render
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
-import char_gpt  # noqa: E402
+import char_gpt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,15 @@ def table(problem: Problem, final: list[Trial], tried: list[Trial]) -> str:
             )
         )  # fmt: skip
     title = f"{problem.name}: to a training loss of {problem.target:g}"
-    columns = ("optimizer", "best setting", ">steps", ">seconds", ">ms a step", ">lowest", ">reached")
+    columns = (
+        "optimizer",
+        "best setting",
+        ">steps",
+        ">seconds",
+        ">ms a step",
+        ">lowest",
+        ">reached",
+    )
     return render(columns, rows, title)
 
 

@@ -253,6 +253,8 @@ def test_products_are_linear_symmetric_and_definite(problem, matrices, kind):
     assert np.linalg.eigvalsh(hessian).min() < -1e-3
     fisher = flats(cv.fisher_product(net, loss, params, x, y, every))
     assert relative(fisher, matrices[0]) < 1e-12
+    inner = cv.ggn_inner(net, loss, params, x, y, every)
+    assert relative(inner, matrices[0]) < 1e-12
     one = jax.tree.map(lambda v: v[3], every)
     assert relative(flat(cv.ggn_product(net, loss, params, x, y, one)), ggn[3]) < 1e-13
     for ask in (cv.diag_ggn, cv.diag_fisher):

@@ -14,6 +14,7 @@ from jbackprop.curvature.kfac import update_average as update_average
 from jbackprop.curvature.operators import ggn_operator as ggn_operator
 from jbackprop.curvature.operators import hessian_operator as hessian_operator
 from jbackprop.curvature.products import fisher_product as fisher_product
+from jbackprop.curvature.products import ggn_inner as ggn_inner
 from jbackprop.curvature.products import ggn_product as ggn_product
 from jbackprop.curvature.products import hessian_product as hessian_product
 from jbackprop.curvature.root_products import ggn_block_product as ggn_block_product

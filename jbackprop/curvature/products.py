@@ -12,7 +12,7 @@ from jax import Array
 
 from jbackprop.curvature.roots import Empirical, Exact, Roots
 from jbackprop.curvature.sweeps import Model, check_model, outputs_of, two_keys
-from jbackprop.factored import PyTree, weighted
+from jbackprop.factored import PyTree, einsum, weighted
 from jbackprop.losses import Canonical, Loss
 from jbackprop.objective import value_and_grad
 from jbackprop.structure import trainable_mask
@@ -88,6 +88,57 @@ def ggn_product(
     """
     check_model(net, loss, params, x, y)
     return _product("ggn", net, loss, params, x, y, vector, key)
+
+
+def ggn_inner(
+    net: Model,
+    loss: Loss,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    vectors: PyTree,
+    *,
+    key: Array | None = None,
+) -> Array:
+    """u . G v for every two of some vectors, with the Gauss-Newton matrix of the mean cost.
+
+    1/B sum_n (J_n u) . H_n (J_n v): the derivatives of the outputs along the vectors, forward, are
+    all that is needed, and nothing is swept back.
+
+    Source: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent
+    (2002), section 3.
+
+    Args:
+        net, loss, params, x, y, key: as in `ggn_product`.
+        vectors: a tree like params with an axis of k vectors in front of every leaf.
+
+    Returns:
+        (k, k), in float32 at least.
+
+    Raises:
+        ValueError, NotImplementedError: as `ggn_product`.
+    """
+    check_model(net, loss, params, x, y)
+    return _inner(net, loss, params, x, y, vectors, key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _inner(
+    net: Model, loss: Loss, params: PyTree, x: Any, y: Any, vectors: PyTree, key: Array | None
+) -> Array:
+    if not check_vector(jax.tree.structure(params), shapes_of(params), vectors):
+        raise ValueError("several vectors are needed, along an axis in front; one is v[None]")
+    own_key, _ = two_keys(net, key)
+
+    def ahead(params: PyTree) -> Array:
+        return outputs_of(net, params, x, own_key)
+
+    def along(vector: PyTree) -> tuple[Array, Array]:
+        z, tangent = jax.jvp(ahead, (params,), (learning(net, params, vector),))
+        return tangent, loss.hessian_product(z, y, tangent)
+
+    tangents, curved = (v.reshape(v.shape[0], -1) for v in jax.vmap(along)(vectors))
+    return einsum("un,vn->uv", tangents, curved) / batch_size(x)
 
 
 def fisher_product(

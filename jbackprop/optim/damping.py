@@ -25,7 +25,7 @@ class LevenbergMarquardt:
 
     lambda is multiplied by factor^every where rho > 3/4, and divided by it where rho < 1/4 (or is
     not finite); it stays where M(d) is hardly more than the rounding of C, so that rho says
-    nothing. It costs one forward sweep and a product with G.
+    nothing. It costs two forward sweeps at most.
 
     Source: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate
     curvature (2015), section 6.5.
@@ -100,11 +100,11 @@ def next_damping(
     step: PyTree,
     grads: PyTree,
     params: PyTree,
-    product: Callable[[PyTree], PyTree],
+    bend: Callable[[], Array],
     value: Array | None,
     value_fn: Callable[[PyTree], Array] | None,
 ) -> Array:
-    """lambda for the next step; `product` is that with G."""
+    """lambda for the next step; `bend` gives step . G step."""
     if not isinstance(rule, LevenbergMarquardt):
         return damping
     if value is None or value_fn is None:
@@ -116,7 +116,7 @@ def next_damping(
 
     def look() -> Array:
         found = value_fn_(optax.apply_updates(params, step)) - value_
-        model = inner(grads, step) + quadratic(product(step), step, step, damping) / 2
+        model = inner(grads, step) + damped(bend(), step, step, damping) / 2
         rounding = 8 * jnp.finfo(value_.dtype).eps * jnp.abs(value_)
         new = rule_.adapted(damping, found.astype(damping.dtype) / model.astype(damping.dtype))
         return jnp.where(jnp.abs(model) <= rounding.astype(model.dtype), damping, new)
@@ -132,7 +132,6 @@ def inner(one: PyTree, other: PyTree) -> Array:
     return jnp.sum(jnp.stack([jnp.vdot(u.astype(dtype), v.astype(dtype)) for u, v in pairs]))
 
 
-def quadratic(curved: PyTree, one: PyTree, other: PyTree, damping: Array) -> Array:
-    """one . (G + lambda I) other, from G other."""
-    found = inner(one, curved)
-    return found + damping.astype(found.dtype) * inner(one, other)
+def damped(curved: Array, one: PyTree, other: PyTree, damping: Array) -> Array:
+    """one . (G + lambda I) other, from one . G other."""
+    return curved + damping.astype(curved.dtype) * inner(one, other).astype(curved.dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jbackprop.curvature.products import ggn_of
+from jbackprop.curvature.products import ggn_inner, ggn_of
 from jbackprop.curvature.sweeps import Model, check_model, check_number
 from jbackprop.factored import PyTree
 from jbackprop.losses import Loss
@@ -108,18 +108,22 @@ def hessian_free(
         check_model(net, loss, params, x, y)
         product = ggn_of(net, loss, params, x, y, batch_key)
 
-        def damped(v: PyTree) -> PyTree:
+        def shifted(v: PyTree) -> PyTree:
             return jax.tree.map(lambda h, v: h + state.damping.astype(v.dtype) * v, product(v), v)
 
         start = jax.tree.map(lambda v: jnp.asarray(warm_start, v.dtype) * v, state.step)
         down = jax.tree.map(jnp.negative, grads)
-        solved = jax.scipy.sparse.linalg.cg(damped, down, start, tol=tolerance, maxiter=iterations)[
-            0
-        ]
+        cg = jax.scipy.sparse.linalg.cg
+        solved, _ = cg(shifted, down, start, tol=tolerance, maxiter=iterations)
         rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
         step = jax.tree.map(lambda v: jnp.asarray(rate, v.dtype) * v, solved)
+
+        def bend() -> Array:
+            one = jax.tree.map(lambda v: v[None], step)
+            return ggn_inner(net, loss, params, x, y, one, key=batch_key)[0, 0]
+
         new = next_damping(
-            damping, state.damping, state.steps, step, grads, params, product, value, value_fn
+            damping, state.damping, state.steps, step, grads, params, bend, value, value_fn
         )
         return step, HessianFreeState(state.steps + 1, new, solved)
 

@@ -14,7 +14,6 @@ from jax import Array, lax
 from jbackprop import curvature
 from jbackprop.curvature.blocks import BlockDiagonal
 from jbackprop.curvature.kfac import Sharing
-from jbackprop.curvature.products import ggn_of
 from jbackprop.curvature.roots import MonteCarlo, Roots
 from jbackprop.curvature.sweeps import Model, check_number
 from jbackprop.factored import PyTree
@@ -24,10 +23,10 @@ from jbackprop.optim.damping import (
     LevenbergMarquardt,
     check_damping,
     check_rate,
+    damped,
     initial,
     inner,
     next_damping,
-    quadratic,
 )
 
 Rate = float | Callable[[Any], Any]
@@ -81,9 +80,9 @@ def kfac(
         d = momentum * (the last d) - learning_rate * p
 
     Without a learning rate, rate and momentum are those that minimise the quadratic model
-    M(d) = g . d + d . (F + lambda I) d / 2 over both, with F the Gauss-Newton matrix itself: two
-    products more in each step. What the model does not see, the noise of small mini-batches above
-    all, is for the damping: with a small one that is fixed, small batches may diverge.
+    M(d) = g . d + d . (F + lambda I) d / 2 over both, with F the Gauss-Newton matrix itself (by
+    `jbackprop.curvature.ggn_inner`). What the model does not see, the noise of small mini-batches
+    above all, is for the damping: with a small one that is fixed, small batches may diverge.
 
     The update needs the mini-batch: `update(grads, state, params, batch=(x, y))`, as
     `jbackprop.fit` calls it; and where layers draw, the key of the gradient's draw, as `batch_key`,
@@ -185,16 +184,21 @@ def kfac(
         if corrected:
             basis = lax.cond(updates, mixed, lambda basis: basis, basis)
         natural = basis.solve(grads, state.damping)
-        product = ggn_of(net, loss, params, x, y, batch_key)
+
+        def bends(*vectors: PyTree) -> Array:
+            several = jax.tree.map(lambda *v: jnp.stack(v), *vectors)
+            return curvature.ggn_inner(net, loss, params, x, y, several, key=batch_key)
+
         if learning_rate is None:
-            step = _minimising(grads, natural, state, product)
+            step, bend = _minimising(grads, natural, state, bends)
         else:
             rate = learning_rate(steps) if callable(learning_rate) else learning_rate
             kept = 0.9 if momentum is None else momentum
-            step = _given(grads, natural, state, rate, kept, norm_constraint)
+            step, bend = _given(grads, natural, state, rate, kept, norm_constraint), None
         new = next_damping(
-            damping, state.damping, steps, step, grads, params, product, value, value_fn
-        )
+            damping, state.damping, steps, step, grads, params,
+            lambda: bends(step)[0, 0] if bend is None else bend, value, value_fn,
+        )  # fmt: skip
         return step, KfacState(steps + 1, own, factors, basis, new, step)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -220,20 +224,22 @@ def _given(
 
 
 def _minimising(
-    grads: PyTree, natural: PyTree, state: KfacState, product: Callable[[PyTree], PyTree]
-) -> PyTree:
-    """The best step in the plane of -natural and the last step, by the quadratic model."""
-    down = jax.tree.map(jnp.negative, natural)
-    one, last, damping = product(down), product(state.step), state.damping
-    aa, ab = quadratic(one, down, down, damping), quadratic(last, down, state.step, damping)
-    bb = quadratic(last, state.step, state.step, damping)
-    ga, gb = inner(grads, down), inner(grads, state.step)
+    grads: PyTree, natural: PyTree, state: KfacState, bends: Callable[..., Array]
+) -> tuple[PyTree, Array]:
+    """The best step d in the plane of -natural and the last step, by the model; and d . G d."""
+    down, last, damping = jax.tree.map(jnp.negative, natural), state.step, state.damping
+    g = bends(down, last)
+    aa, ab = damped(g[0, 0], down, down, damping), damped(g[0, 1], down, last, damping)
+    bb = damped(g[1, 1], last, last, damping)
+    ga, gb = (inner(grads, v).astype(g.dtype) for v in (down, last))
     determinant = aa * bb - ab * ab
     together = determinant > 1e-6 * aa * bb  # else they are nearly one direction, or one is 0
     safe = jnp.where(together, determinant, 1)
     alone = -ga / jnp.where(aa > 0, aa, 1)
     alpha = jnp.where(together, (-ga * bb + gb * ab) / safe, alone)
     mu = jnp.where(together, (-gb * aa + ga * ab) / safe, 0)
-    return jax.tree.map(
-        lambda v, last: alpha.astype(v.dtype) * v + mu.astype(v.dtype) * last, down, state.step
+    step = jax.tree.map(
+        lambda v, last: alpha.astype(v.dtype) * v + mu.astype(v.dtype) * last, down, last
     )
+    both = jnp.stack([alpha, mu])
+    return step, both @ g @ both
