@@ -205,8 +205,8 @@ def _step(
     )
 
     # For optimizers that search along a line, or ask for the curvature.
-    def value_fn(params: PyTree) -> Array:
-        return jnp.mean(costs(task.net, task.loss, params, x, y, key))
+    def value_fn(params: PyTree, batch: Any = None, batch_key: Any = None) -> Array:
+        return jnp.mean(costs(task.net, task.loss, params, x, y, key))  # Optax hands them on to it
 
     updates, opt_state = optax.with_extra_args_support(task.optimizer).update(
         grads, opt_state, params,
