@@ -466,8 +466,24 @@ def test_what_a_block_diagonal_matrix_answers(problem):
     mixed = cv.update_average(factors, other, 0.75)
     first, second, found = (m.blocks["layers[0]"].g for m in (factors, other, mixed))
     assert relative(found, 0.75 * first + 0.25 * second) < 1e-14
+    with pytest.raises(ValueError, match="eigenvectors have no average"):
+        cv.update_average(factors.decomposed(), other.decomposed(), 0.75)
     with pytest.raises(ValueError, match="structure"):
         factors.solve({"w": 1}, 0.1)
+
+
+def test_a_joint_bias_has_the_delta_of_its_matrix():
+    """Every layer of the table whose bias is taken for a row of its matrix."""
+    joined = 0
+    for case in LEARNING:
+        if isinstance(case.rule, jb.Layer) and case.net is case.rule:
+            bp = jb.backprop(case.net, case.loss, case.params, case.x, case.y)
+            blocks = cv.kfac(case.net, case.loss, case.params, case.x, case.y, cv.Exact()).blocks
+            if any(len(block.where.leaves) == 2 for block in blocks.values()):
+                joined += 1
+                w, b = bp.factored["w"], bp.factored["b"]
+                assert relative(np.ravel(w.delta), np.ravel(b.delta)) == 0
+    assert joined > 5
 
 
 def test_ekfac_is_nearer_in_the_frobenius_norm(problem, matrices):

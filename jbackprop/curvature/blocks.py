@@ -121,6 +121,10 @@ class Diagonal(Block):
     def eigenvalues(self) -> Array:
         return self.diagonal
 
+    def with_eigenvalues(self, values: Array) -> Diagonal:
+        """Another diagonal."""
+        return dataclasses.replace(self, diagonal=values)
+
 
 @_block("a", "g")
 class Kronecker(Block):
@@ -199,6 +203,10 @@ class Eigen(Block):
     def eigenvalues(self) -> Array:
         return self.values
 
+    def with_eigenvalues(self, values: Array) -> Eigen:
+        """The same eigenvectors with other eigenvalues."""
+        return dataclasses.replace(self, values=values)
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockDiagonal:
@@ -264,6 +272,12 @@ class BlockDiagonal:
 
 
 jax.tree_util.register_dataclass(BlockDiagonal, ["blocks"], ["tree", "shapes"])
+
+
+def mix(old: Array, new: Array, share: Any) -> Array:
+    """share * old + (1 - share) * new."""
+    share = jnp.asarray(share, old.dtype)
+    return share * old + (1 - share) * new
 
 
 def _sum(values: Sequence[Array]) -> Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbackprop.curvature.blocks import BlockDiagonal, Diagonal, Eigen, Kronecker, Where
+from jbackprop.curvature.blocks import BlockDiagonal, Diagonal, Eigen, Kronecker, Where, mix
 from jbackprop.curvature.diagonals import second_moment, turned_second_moment, with_last
 from jbackprop.curvature.products import shapes_of
 from jbackprop.curvature.roots import MonteCarlo, Roots
@@ -103,8 +103,9 @@ def kfac(
         roots: `MonteCarlo(samples)`, `Exact()` or `Empirical()`.
         key: for `MonteCarlo`, and for layers that draw.
         sharing: "expand" or "reduce".
-        joint_bias: whether the bias of a matrix is part of its block, as a row for an input of 1.
-            Of a function, whose biases cannot be told, biases always have their own block.
+        joint_bias: whether the bias of a matrix is part of its block, as a row for an input of 1:
+            in a layer of one matrix and one bias, which is taken to be z = a W + b. Of a function,
+            whose biases cannot be told, biases always have their own block.
         chunk: so many deltas at a time; bounds the memory, and changes nothing else.
 
     Returns:
@@ -217,8 +218,10 @@ def _roles(pairs: Sequence[Factored], sharing: Sharing, joint_bias: bool) -> lis
         return _Role.DIAGONAL
 
     roles = [role(pair) for pair in pairs]
-    alone = roles.count(_Role.MATRIX) == roles.count(_Role.BIAS) == 1
-    if not (joint_bias and alone):
+    if not joint_bias or not roles.count(_Role.MATRIX) == roles.count(_Role.BIAS) == 1:
+        return roles
+    (matrix, bias) = (pairs[roles.index(own)] for own in (_Role.MATRIX, _Role.BIAS))
+    if _places(matrix) != _places(bias):  # z = a W + b has one delta for both
         return roles
     joint = {_Role.MATRIX: _Role.WITH_BIAS, _Role.BIAS: _Role.IN_MATRIX}
     return [joint.get(role, role) for role in roles]
@@ -231,6 +234,12 @@ def _inputs(pair: Outer | Patches | Lookup) -> int:
     if isinstance(pair, Outer):
         return int(pair.a.shape[-1])
     return math.prod(pair.geometry.kernel) * pair.a.shape[-1] // pair.geometry.groups
+
+
+def _places(pair: Any) -> tuple[int, ...]:
+    """Groups, positions and outputs of its delta."""
+    shape = pair.delta.shape
+    return shape[1], math.prod(shape[2:-1]), shape[-1]
 
 
 def _outputs(pair: Outer | Patches | Lookup) -> int:
@@ -431,10 +440,7 @@ def _ekfac(
     blocks: OrderedDict[str, Any] = OrderedDict()
     for name, block in basis.blocks.items():
         own = every[block.where.leaves[0]] / n
-        if isinstance(block, Eigen):
-            blocks[name] = dataclasses.replace(block, values=own.reshape(block.values.shape))
-        else:
-            blocks[name] = Diagonal(own, block.where)
+        blocks[name] = block.with_eigenvalues(own.reshape(block.eigenvalues().shape))
     return BlockDiagonal(blocks, basis.tree, basis.shapes)
 
 
@@ -443,10 +449,11 @@ def update_average(average: BlockDiagonal, new: BlockDiagonal, decay: Any) -> Bl
 
     To begin from nothing take `jax.tree.map(jnp.zeros_like, new)`, and divide by 1 - decay^steps;
     to begin from the first, take that.
+
+    Raises:
+        ValueError: blocks in eigenbases, as of `ekfac`, whose eigenvectors have no average.
     """
-
-    def mix(old: Array, new: Array) -> Array:
-        share = jnp.asarray(decay, old.dtype)
-        return share * old + (1 - share) * new
-
-    return jax.tree.map(mix, average, new)
+    every = (*average.blocks.values(), *new.blocks.values())
+    if any(isinstance(block, Eigen) for block in every):
+        raise ValueError("eigenvectors have no average: average what kfac gives, then decompose it")
+    return jax.tree.map(lambda old, new: mix(old, new, decay), average, new)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ import optax
 from jax import Array, lax
 
 from jbackprop import curvature
-from jbackprop.curvature.blocks import BlockDiagonal
+from jbackprop.curvature.blocks import BlockDiagonal, mix
 from jbackprop.curvature.kfac import Sharing
 from jbackprop.curvature.roots import MonteCarlo, Roots
 from jbackprop.curvature.sweeps import Model, check_number
@@ -177,7 +179,12 @@ def kfac(
 
         def mixed(basis: BlockDiagonal) -> BlockDiagonal:
             new = curvature.ekfac(net, loss, params, x, y, roots, key=drawn, basis=basis)
-            return curvature.update_average(basis, new, share)  # eigenvectors are the same
+            pairs = ((name, block, new.blocks[name]) for name, block in basis.blocks.items())
+            blocks = OrderedDict(
+                (name, old.with_eigenvalues(mix(old.eigenvalues(), block.eigenvalues(), share)))
+                for name, old, block in pairs
+            )
+            return dataclasses.replace(basis, blocks=blocks)
 
         factors = lax.cond(updates, averaged, lambda: state.factors)
         basis = lax.cond(steps % invert_every == 0, factors.decomposed, lambda: state.basis)
