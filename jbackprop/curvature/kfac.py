@@ -249,7 +249,7 @@ def _outputs(pair: Outer | Patches | Lookup) -> int:
 
 
 class _Plan(NamedTuple):
-    """The blocks of a network: by name, the role and the parameters of each; and of every layer."""
+    """The role and the parameters of each block, by name; and the pairs of every parameter."""
 
     blocks: OrderedDict[str, tuple[_Role, Where]]
     pairs: Sequence[Factored]
@@ -309,7 +309,6 @@ def _kfac(
 ) -> BlockDiagonal:
     joint_bias, n = joint_bias and isinstance(net, Node), batch_size(x)
     plan = _planned(net, params, x, sharing, joint_bias)
-
     blocks, _ = in_blocks_of(net, roots, params, x, chunk)
 
     def ask(pairs: Sequence[Factored], aux: Sequence[Any]) -> list[PyTree]:
@@ -330,12 +329,8 @@ def _kfac(
         sides = 1 if isinstance(plan.pairs[where.leaves[0]], Lookup) else 2
         return Kronecker(own.a.reshape(-1, *own.a.shape[own.a.ndim - sides :]), g, where)
 
-    return _assembled(params, plan, block)
-
-
-def _assembled(params: PyTree, plan: _Plan, block: Any) -> BlockDiagonal:
-    blocks = OrderedDict((name, block(*own)) for name, own in plan.blocks.items())
-    return BlockDiagonal(blocks, jax.tree.structure(params), shapes_of(params))
+    found = OrderedDict((name, block(*own)) for name, own in plan.blocks.items())
+    return BlockDiagonal(found, tree, shapes_of(params))
 
 
 class _Factors(NamedTuple):

@@ -229,9 +229,8 @@ def _of_program(
 
 def _siblings(tree: Any, pairs: Sequence[Factored]) -> list[Group]:
     """Parameters side by side that are stacked alike."""
-    paths = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(tree, range(tree.num_leaves)))[
-        0
-    ]
+    numbers = jax.tree.unflatten(tree, range(tree.num_leaves))
+    paths, _ = jax.tree_util.tree_flatten_with_path(numbers)
     found: dict[Any, list[int]] = {}
     for (path, k), pair in zip(paths, pairs, strict=True):
         name = "params" + jax.tree_util.keystr(path[:-1])
