@@ -19,7 +19,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from contest import Contestant, built, machine, save
-from per_example import Problem, Result, cnn, compete, mlp, table, torch_peers, transformer
+from per_example import (
+    Problem,
+    Result,
+    classifier,
+    cnn,
+    compete,
+    mlp,
+    table,
+    torch_peers,
+    transformer,
+)
 from tqdm import tqdm
 
 import jbackprop as jb
@@ -142,11 +152,12 @@ def main() -> None:
     if options.torch and shutil.which(options.torch) is None:
         parser.error(f"there is no {options.torch}")
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    for make in (mlp, cnn, transformer):
+    exact = {"diag_exact", "kflr"}
+    all_but = {transformer: exact, classifier: GOALS.keys() - exact}  # 4096 deltas; much the same
+    for make in (mlp, cnn, transformer, classifier):
         problem = None
         for quantity in GOALS:
-            exact = quantity in ("diag_exact", "kflr")
-            if make is transformer and exact:  # 64 positions of 64 tokens: 4096 deltas
+            if quantity in all_but.get(make, ()):
                 continue
             if options.only in f"{make.__name__}, batch {options.batch}, {quantity}":
                 problem = problem or make(options.batch)

@@ -65,7 +65,7 @@ class Problem:
     """One network at one batch size.
 
     Attributes:
-        name: "mlp", "cnn" or "transformer".
+        name: "mlp", "cnn", "transformer" or "classifier".
         data: params in the layout of `plain`, x, y.
         plain: (params, x, y) -> (mean cost, gradient), in plain JAX.
         net: the same network of ours.
@@ -108,6 +108,18 @@ def transformer(batch: int) -> Problem:
     net: Any = jb.transformer(sizes.vocab, sizes.width, sizes.depth, sizes.heads, sizes.length)
     order, plain = Order(net), model(Arrangement(), sizes)
     return Problem("transformer", (params, x, y), plain, net, order.pack, order.unpack)
+
+
+def classifier(batch: int) -> Problem:
+    """The same blocks, and ten classes from the mean over positions."""
+    sizes = Sizes(128, 6, 4, 64, batch, classes=10)
+    params, x, y = model_data(sizes)
+    whole: Any = jb.transformer(sizes.vocab, sizes.width, sizes.depth, sizes.heads, sizes.length)
+    net = jb.Sequential(
+        *whole.layers[:-1], jb.GlobalAveragePool(), jb.Dense(sizes.width, sizes.classes)
+    )
+    order, plain = Order(net), model(Arrangement(), sizes)
+    return Problem("classifier", (params, x, y), plain, net, order.pack, order.unpack)
 
 
 def ours(problem: Problem, quantity: str) -> Iterator[Contestant]:

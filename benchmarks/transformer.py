@@ -138,10 +138,12 @@ def data(sizes: Sizes) -> tuple[Any, ...]:
 
 
 def model_data(sizes: Sizes) -> tuple[Any, ...]:
-    """Parameters of the language model, tokens and targets."""
+    """Parameters of the language model, or of the classifier; tokens and targets."""
     key, key_x, key_y = jax.random.split(jax.random.key(0), 3)
     shape = (sizes.batch, sizes.length)
-    tokens, targets = (jax.random.randint(k, shape, 0, sizes.vocab) for k in (key_x, key_y))
+    tokens = jax.random.randint(key_x, shape, 0, sizes.vocab)
+    of_each = shape[:1] if sizes.classes else shape
+    targets = jax.random.randint(key_y, of_each, 0, sizes.classes or sizes.vocab)
     return init_model(key, sizes), tokens, targets
 
 

@@ -27,6 +27,8 @@ MAX_NORM = 1.0
 TOLERANCE = 1e-3
 SLOW, VERY_SLOW = 2.0, 20.0  # seconds of a call: then three of them have to do, or one
 
+TRANSFORMERS = {"transformer": 0, "classifier": 10}
+"""Their classes."""
 Answer = Callable[[], Any]
 
 
@@ -50,23 +52,29 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The language model; positions are an embedding, as the peers know no bare parameter."""
+    """The language model; positions are an embedding, as the peers know no bare parameter.
 
-    def __init__(self, width: int = 128, depth: int = 6, heads: int = 4, T: int = 64, V: int = 64):
+    With classes, its head is of the mean over the positions.
+    """
+
+    def __init__(self, classes: int = 0):
         super().__init__()
+        width, depth, heads, T, V = 128, 6, 4, 64, 64
+        self.classes = classes
         self.tokens, self.positions = nn.Embedding(V, width), nn.Embedding(T, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, V)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes or V)
 
     def forward(self, x: Tensor) -> Tensor:
         steps = torch.arange(x.shape[1]).repeat(len(x), 1)
-        return self.head(self.norm(self.blocks(self.tokens(x) + self.positions(steps))))
+        h = self.norm(self.blocks(self.tokens(x) + self.positions(steps)))
+        return self.head(h.mean(dim=1) if self.classes else h)
 
 
 def network(name: str) -> nn.Module:
     """With random parameters."""
-    if name == "transformer":
-        return Transformer()
+    if name in TRANSFORMERS:
+        return Transformer(TRANSFORMERS[name])
     if name == "cnn":
         stages: list[nn.Module] = []
         for before, behind in ((1, 32), (32, 64)):
@@ -84,7 +92,7 @@ def renamed(name: str, arrays: dict[str, Any]) -> dict[str, Tensor]:
     names = {"w": "weight", "b": "bias", "scale": "weight", "shift": "bias"}
     for path, value in arrays.items():
         *place, leaf = path.split("/")
-        if name == "transformer" and not place:  # a table
+        if name in TRANSFORMERS and not place:  # a table
             place, leaf = [leaf], "scale"
         if name == "cnn" and place[0] == "stages":
             place = [str(3 * int(place[1]))]
@@ -258,7 +266,7 @@ def main(
     """Measure all of them; an answer that is random, or drawn here, has nothing to agree with."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("problem")
-    parser.add_argument("network", choices=("mlp", "cnn", "transformer"))
+    parser.add_argument("network", choices=("mlp", "cnn", *TRANSFORMERS))
     parser.add_argument("quantity", choices=quantities)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--threads", type=int, default=2)

@@ -4,7 +4,8 @@ The block:  h = x + proj(attention(qkv(norm(x)))),  y = h + down(gelu(up(norm(h)
 
 Parameters of the blocks, each with the depth in front: "norm1", "norm2" {"scale", "shift"},
 "qkv" (D, 3 D), "proj" (D, D), "up" (D, 4 D), "down" (4 D, D), each {"w", "b"}. The model has
-"tokens" (V, D), "positions" (T, D), "blocks", "norm" and "head" besides.
+"tokens" (V, D), "positions" (T, D), "blocks", "norm" and "head" besides; its head is of the mean
+over the positions where there are classes.
 
 What can be saved by name in a block: qkv, probs is not, attended (before proj), middle (h),
 up (before gelu), normed1, normed2, active (behind gelu).
@@ -31,7 +32,7 @@ POLICIES = jax.checkpoint_policies
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of the blocks: width D, depth, heads, length T, batch B; and of the vocabulary."""
+    """Of the blocks: width D, depth, heads, length T, batch B; vocabulary; and classes, or 0."""
 
     width: int
     depth: int
@@ -39,6 +40,7 @@ class Sizes:
     length: int
     batch: int
     vocab: int = 64
+    classes: int = 0
 
     def __str__(self) -> str:
         return f"width {self.width}, depth {self.depth}, T {self.length}, batch {self.batch}"
@@ -101,11 +103,11 @@ def init_blocks(key: Array, sizes: Sizes) -> Any:
 
 
 def init_model(key: Array, sizes: Sizes) -> Any:
-    """Random parameters of the language model."""
+    """Random parameters of the language model, or of the classifier."""
     keys = jax.random.split(key, 5)
-    D, V = sizes.width, sizes.vocab
+    D, V = sizes.width, sizes.classes or sizes.vocab
     return {
-        "tokens": jax.random.normal(keys[0], (V, D)),
+        "tokens": jax.random.normal(keys[0], (sizes.vocab, D)),
         "positions": 0.1 * jax.random.normal(keys[1], (sizes.length, D)),
         "blocks": init_blocks(keys[2], sizes),
         "norm": {"scale": jnp.ones(D), "shift": jnp.zeros(D)},
@@ -232,13 +234,14 @@ def blocks_alone(how: Arrangement, sizes: Sizes) -> Callable[..., Any]:
 
 
 def model(how: Arrangement, sizes: Sizes) -> Callable[..., Any]:
-    """params, tokens, targets (B, T) -> (value, grads): mean cross-entropy of all positions."""
+    """params, tokens (B, T), targets (B, T) or (B,) -> (value, grads): the mean cross-entropy."""
     run = blocks(how, sizes)
 
     def cost(params: Any, tokens: Array, targets: Array) -> Array:
         x = params["tokens"][tokens] + params["positions"]
         x = run(params["blocks"], x)
-        z = _dense(_norm(x, params["norm"]), params["head"])
+        x = _norm(x, params["norm"])
+        z = _dense(x.mean(axis=1) if sizes.classes else x, params["head"])
         return optax.softmax_cross_entropy_with_integer_labels(z, targets).mean()
 
     return _chunked(jax.value_and_grad(cost), how.chunks)

@@ -26,5 +26,5 @@ from jbackprop.curvature.roots import Roots as Roots
 from jbackprop.curvature.spectrum import Density as Density
 from jbackprop.curvature.spectrum import spectral_density as spectral_density
 from jbackprop.curvature.spectrum import top_eigenvalues as top_eigenvalues
-from jbackprop.curvature.spectrum import trace_ggn as trace_ggn
-from jbackprop.curvature.spectrum import trace_hessian as trace_hessian
+from jbackprop.curvature.traces import trace_ggn as trace_ggn
+from jbackprop.curvature.traces import trace_hessian as trace_hessian

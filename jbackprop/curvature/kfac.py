@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +16,15 @@ from jax import Array, lax
 from jbackprop.curvature.blocks import BlockDiagonal, Diagonal, Eigen, Kronecker, Where, mix
 from jbackprop.curvature.diagonals import second_moment, turned_second_moment, with_last
 from jbackprop.curvature.products import shapes_of
+from jbackprop.curvature.roles import Role, Sharing, planned, roles_of
 from jbackprop.curvature.roots import MonteCarlo, Roots
 from jbackprop.curvature.sweeps import (
     DELTAS,
     Model,
     by_blocks,
-    canonical_home,
     check_model,
     check_number,
     in_blocks_of,
-    layers_of,
     over_deltas,
     pairs_of,
 )
@@ -34,8 +32,6 @@ from jbackprop.factored import (
     Factored,
     Lookup,
     Nothing,
-    Outer,
-    Patches,
     Place,
     PyTree,
     Shift,
@@ -44,10 +40,6 @@ from jbackprop.factored import (
 )
 from jbackprop.losses import Loss
 from jbackprop.sweep import Node, batch_size
-
-Sharing = Literal["expand", "reduce"]
-LARGEST = 8192
-"""The longest side of a factor; what would have a longer one gets a diagonal block."""
 
 
 def kfac(
@@ -192,108 +184,6 @@ def _check(
         raise ValueError(f'sharing must be "expand" or "reduce", not {sharing!r}')
 
 
-class _Role(enum.Enum):
-    """What block a parameter of a layer has."""
-
-    MATRIX = "Kronecker"
-    WITH_BIAS = "Kronecker, with a row for the bias"
-    BIAS = "exact, of a bias by itself"
-    IN_MATRIX = "the row of another"
-    DIAGONAL = "diagonal"
-
-
-def _roles(pairs: Sequence[Factored], sharing: Sharing, joint_bias: bool) -> list[_Role]:
-    """What block each parameter of one layer has."""
-
-    def role(pair: Factored) -> _Role:
-        if isinstance(pair, Lookup) and sharing == "reduce" and pair.ids.shape[2] > 1:
-            return _Role.DIAGONAL  # the mean of one-hot rows has no diagonal A
-        if isinstance(pair, Outer | Patches | Lookup):
-            longest = max(pair.delta.shape[-1], _inputs(pair) + 1)
-            fits = longest <= LARGEST or isinstance(pair, Lookup)
-            return _Role.MATRIX if fits else _Role.DIAGONAL
-        beside = any(isinstance(other, Outer | Patches) for other in pairs)
-        if isinstance(pair, Shift) and beside and pair.delta.shape[-1] <= LARGEST:
-            return _Role.BIAS
-        return _Role.DIAGONAL
-
-    roles = [role(pair) for pair in pairs]
-    if not joint_bias or not roles.count(_Role.MATRIX) == roles.count(_Role.BIAS) == 1:
-        return roles
-    (matrix, bias) = (pairs[roles.index(own)] for own in (_Role.MATRIX, _Role.BIAS))
-    if _places(matrix) != _places(bias):  # z = a W + b has one delta for both
-        return roles
-    joint = {_Role.MATRIX: _Role.WITH_BIAS, _Role.BIAS: _Role.IN_MATRIX}
-    return [joint.get(role, role) for role in roles]
-
-
-def _inputs(pair: Outer | Patches | Lookup) -> int:
-    """i, the rows of a matrix."""
-    if isinstance(pair, Lookup):
-        return pair.rows
-    if isinstance(pair, Outer):
-        return int(pair.a.shape[-1])
-    return math.prod(pair.geometry.kernel) * pair.a.shape[-1] // pair.geometry.groups
-
-
-def _places(pair: Any) -> tuple[int, ...]:
-    """Groups, positions and outputs of its delta."""
-    shape = pair.delta.shape
-    return shape[1], math.prod(shape[2:-1]), shape[-1]
-
-
-def _outputs(pair: Outer | Patches | Lookup) -> int:
-    """o, its columns."""
-    groups = pair.geometry.groups if isinstance(pair, Patches) else 1
-    return int(pair.delta.shape[-1]) // groups
-
-
-class _Plan(NamedTuple):
-    """The role and the parameters of each block, by name; and the pairs of every parameter."""
-
-    blocks: OrderedDict[str, tuple[_Role, Where]]
-    pairs: Sequence[Factored]
-
-
-def _planned(net: Model, params: PyTree, x: Any, sharing: Sharing, joint_bias: bool) -> _Plan:
-    pairs = pairs_of(net, params, x)
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    blocks: OrderedDict[str, tuple[_Role, Where]] = OrderedDict()
-    for group in layers_of(net, params, pairs):
-        own = [pairs[k] for k in group.leaves]
-        roles = _roles(own, sharing, joint_bias)
-        for k, pair, role in zip(group.leaves, own, roles, strict=True):
-            if role is _Role.IN_MATRIX or isinstance(pair, Nothing):
-                continue
-            several = sum(r is not _Role.IN_MATRIX for r in roles) > 1
-            name = group.name + (jax.tree_util.keystr(paths[k][-1:]) if several else "")
-            blocks[name] = (role, _where(role, k, pair, group.leaves, own, roles))
-    return _Plan(blocks, pairs)
-
-
-def _where(
-    role: _Role, k: int, pair: Factored, leaves: Sequence[int], own: Any, roles: Any
-) -> Where:
-    if role is _Role.DIAGONAL:
-        return Where((k,), (pair.home,))
-    if role is _Role.BIAS:
-        return Where((k,), (pair.home,), pair.delta.shape[-1:])  # type: ignore[attr-defined]
-    assert isinstance(pair, Outer | Patches | Lookup)
-    home = pair.home if isinstance(pair, Lookup) else _canonical(pair)
-    features = (_inputs(pair), _outputs(pair))
-    if role is _Role.MATRIX:
-        return Where((k,), (home,), features)
-    at = roles.index(_Role.IN_MATRIX)
-    return Where((k, leaves[at]), (home, own[at].home), features)
-
-
-def _canonical(pair: Outer | Patches) -> Place:
-    """The same of a pair of shapes alone."""
-    found: list[Place] = []
-    jax.eval_shape(lambda pair: found.append(canonical_home(pair)), pair)
-    return found[0]
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _kfac(
     net: Model,
@@ -308,23 +198,23 @@ def _kfac(
     key: Array | None,
 ) -> BlockDiagonal:
     joint_bias, n = joint_bias and isinstance(net, Node), batch_size(x)
-    plan = _planned(net, params, x, sharing, joint_bias)
+    plan = planned(net, params, x, sharing, joint_bias)
     blocks, _ = in_blocks_of(net, roots, params, x, chunk)
 
     def ask(pairs: Sequence[Factored], aux: Sequence[Any]) -> list[PyTree]:
-        roles = _roles(pairs, sharing, joint_bias)
+        roles = roles_of(pairs, sharing, joint_bias)
         return [_factors(*own, sharing, blocks) for own in zip(roles, pairs, strict=True)]
 
     found = over_deltas(net, loss, roots, params, x, y, key, ask, chunk=chunk)
     tree: Any = jax.tree.structure(params)
     every = tree.flatten_up_to(found)
 
-    def block(role: _Role, where: Where) -> Any:
+    def block(role: Role, where: Where) -> Any:
         own = every[where.leaves[0]]
-        if role is _Role.DIAGONAL:
+        if role is Role.DIAGONAL:
             return Diagonal(own / n, where)
         g = own.g.reshape(-1, *own.g.shape[-2:])
-        if role is _Role.BIAS:
+        if role is Role.BIAS:
             return Kronecker(jnp.ones((g.shape[0], 1), g.dtype), g, where)
         sides = 1 if isinstance(plan.pairs[where.leaves[0]], Lookup) else 2
         return Kronecker(own.a.reshape(-1, *own.a.shape[own.a.ndim - sides :]), g, where)
@@ -340,14 +230,14 @@ class _Factors(NamedTuple):
     g: Array
 
 
-def _factors(role: _Role, pair: Any, sharing: Sharing, blocks: int) -> Any:
+def _factors(role: Role, pair: Any, sharing: Sharing, blocks: int) -> Any:
     """What is collected of one parameter, under the vmap over the deltas of one of some blocks.
 
     What is divided by is divided by first, its root: the pairs are smaller than the factors.
     """
-    if role is _Role.IN_MATRIX:
+    if role is Role.IN_MATRIX:
         return ()
-    if role is _Role.DIAGONAL:
+    if role is Role.DIAGONAL:
         return second_moment(pair)
     dtype = wide_dtype(pair.delta.dtype)
     counted = 1 if sharing == "reduce" else math.prod(pair.delta.shape[2:-1])
@@ -368,7 +258,7 @@ def _factors(role: _Role, pair: Any, sharing: Sharing, blocks: int) -> Any:
         if sharing == "reduce":
             a = jnp.mean(a, axis=2, keepdims=True)
             deltas = jnp.sum(deltas, axis=3, keepdims=True)
-        if role is _Role.WITH_BIAS:
+        if role is Role.WITH_BIAS:
             a = with_last(a, share)
         return _Factors(_gram(a), _gram(deltas.reshape(-1, *deltas.shape[2:])))
 

@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from jbackprop import curvature
 from jbackprop.curvature.blocks import BlockDiagonal, mix
-from jbackprop.curvature.kfac import Sharing
+from jbackprop.curvature.roles import Sharing
 from jbackprop.curvature.roots import MonteCarlo, Roots
 from jbackprop.curvature.sweeps import Model, check_number
 from jbackprop.factored import PyTree
