@@ -91,7 +91,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "K-FAC, untuned": {},
 }
 SCALED: dict[tuple[str, str], tuple[float, ...]] = {
-    ("autoencoder", "SGD"): (3e-4, 1e-3, 3e-3),
+    ("autoencoder", "SGD"): (1e-3, 3e-3, 1e-2),
     ("autoencoder", "K-FAC"): (0.3, 1.0, 3.0),
     ("transformer", "SGD"): (0.1, 0.3, 1.0),
     ("transformer", "K-FAC"): (1e-3, 1e-2, 1e-1),
@@ -256,6 +256,7 @@ def picture(file: str, results: list[tuple[Problem, list[Trial]]]) -> None:
                 axis.plot(getattr(t, name), t.losses, label=t.optimizer)
             axis.axhline(problem.target, color="grey", lw=0.8, ls=":")
             axis.set(xlabel=name, ylabel="training loss", title=problem.name, yscale="log")
+            axis.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
             top = final[0].losses[0]
             axis.set_ylim(0.95 * min(min(t.losses) for t in final), 1.05 * top)
     axes[0, 0].legend()

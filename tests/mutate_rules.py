@@ -6,7 +6,8 @@ A mutant is one change in the source of one rule: a factor or a term dropped, a 
 turned, operands swapped, f' taken of the wrong argument, a constant or an axis moved, a reduction,
 a cast or a keyword left out. It is compiled and put in the place of the rule's code, in memory, and
 tests of `make test` run until one fails that passes without it. They run op by op (`disable_jit`):
-no trace of a rule outlives its mutant, and what XLA compiled for one mutant serves the next. A
+no trace of a rule outlives its mutant, and what XLA compiled for one mutant serves the next. (Those
+of curvature, with their many sweeps, run compiled, with nothing left of what was traced before.) A
 mutant that no test notices is a survivor, and the exit status is 1. What computes the same is in
 `EQUIVALENT`, with the reason.
 """
@@ -67,10 +68,13 @@ RULES = {
     "curvature/roots.py": "*.columns *.number",
     "curvature/diagonals.py": "second_moment squares_of_each _rooted _written_out _squares"
     " with_last turned_second_moment _one_by_one",
-    "curvature/kfac.py": "_factors _gram update_average",
+    "curvature/kfac.py": "_factors _gram _of_rows update_average",
     "curvature/blocks.py": "*.product *.apply *.canonical *.restored *.trace *.decomposed"
     " *.log_determinant *.solve",
     "curvature/products.py": "ggn_of hessian_of",
+    "curvature/root_products.py": "_block_product _root",
+    "curvature/hessian.py": "_propagate _pulled _moved _by_eigenvectors _along_each",
+    "curvature/traces.py": "_traces _estimated_traces",
     "optim/kfac.py": "_given _minimising",
     "optim/damping.py": "*.adapted inner quadratic",
 }
@@ -134,6 +138,9 @@ NO_KILLERS = (
     " planted project random_nets private per_example_rules"
 )
 """The tests that never are."""
+
+COMPILED = ("curvature/", "optim/")
+"""Where mutants are traced and compiled."""
 
 LIMIT = 120
 """Seconds of a processor that one test of a mutant may take: an endless one is killed too."""
@@ -356,11 +363,12 @@ class Killer:
             likely = self.likely(mutant, owner, items)
         for item in likely:
             signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT)
+            compiled = mutant.file.startswith(COMPILED)
             with applied(mutant):
-                failed = fails(item)
+                failed = fails(item, compiled)
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             if failed and item not in self.sound:  # some read programs, and here there are none
-                (self.useless if fails(item) else self.sound).add(item)
+                (self.useless if fails(item, compiled) else self.sound).add(item)
             if failed and item in self.sound:
                 self.kills.update([item, (item, mutant.rule)])
                 return f"killed by {item.nodeid.removeprefix('tests/')}"
@@ -379,7 +387,10 @@ class Killer:
         return sorted(found, key=lambda i: (-self.kills[i, mutant.rule], -self.kills[i]))
 
 
-def fails(item):
+def fails(item, compiled):
+    if compiled:
+        jax.clear_caches()
+        return any(report.failed for report in runtestprotocol(item, log=False))
     with contextlib.nullcontext() if "under_jit" in item.name else jax.disable_jit():
         return any(report.failed for report in runtestprotocol(item, log=False))
 

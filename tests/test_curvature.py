@@ -486,6 +486,21 @@ def test_a_joint_bias_has_the_delta_of_its_matrix():
     assert joined > 5
 
 
+def test_what_has_too_long_a_side_is_diagonal(monkeypatch):
+    monkeypatch.setattr("jbackprop.curvature.roles.LARGEST", 5)
+    net = jb.Sequential(jb.Embedding(7, 6), jb.Dense(6, 2), jb.Dense(2, 3))
+    params, x, y = net.init(jax.random.key(0)), jnp.arange(4), jnp.arange(4) % 3
+    found = cv.kfac(net, LOSS, params, x, y, cv.Exact())
+    kinds = {name: type(block).__name__ for name, block in found.blocks.items()}
+    assert kinds == {
+        "layers[0]": "Diagonal", "layers[1]['b']": "Kronecker", "layers[1]['w']": "Diagonal",
+        "layers[2]": "Kronecker",
+    }  # fmt: skip
+    diagonal = cv.diag_ggn(net, LOSS, params, x, y)
+    for name, due in {"layers[0]": diagonal[0]["w"], "layers[1]['w']": diagonal[1]["w"]}.items():
+        assert relative(found.blocks[name].diagonal, due) < 1e-12
+
+
 def test_ekfac_is_nearer_in_the_frobenius_norm(problem, matrices):
     params = problem[2]
     blocks = matrices[0] * (np.equal.outer(*[blocks_of(problem[0], params)] * 2))
