@@ -289,6 +289,34 @@ def test_random_deltas_converge_at_the_known_rate(problem, name):
     assert 2 < few / many < 8
 
 
+@pytest.mark.parametrize("kind", ["net", "function"])
+@pytest.mark.parametrize("at_once", [1, 2**10])
+def test_portions_of_examples_and_of_deltas_change_nothing(monkeypatch, kind, at_once):
+    """11 examples by 8 and 3, their deltas one by one; and 4, 4 and 3 with all of their deltas."""
+    net, x, y = jb.mlp([4, 6, 4], jb.Tanh()), jnp.ones((11, 5, 4)), jnp.ones((11, 5), int)
+    params, vector = (net.init(jax.random.key(k)) for k in (0, 1))
+    x = x * jax.random.normal(jax.random.key(2), x.shape)
+    model = net if kind == "net" else lambda params, x: jb.forward(net, params, x[None])[0][0]
+
+    def ask(ways):
+        batch = (model, ways, params, x, y, cv.Exact())
+        return [
+            cv.diag_ggn(*batch), cv.trace_ggn(*batch), cv.kfac(*batch), cv.ekfac(*batch),
+            cv.ggn_block_product(*batch[:5], vector), cv.diag_ggn(*batch, per_example=True),
+        ]  # fmt: skip
+
+    due = ask(jb.SoftmaxCrossEntropy())
+    monkeypatch.setattr("jbackprop.curvature.sweeps.AT_ONCE", at_once)
+    monkeypatch.setattr("jbackprop.curvature.sweeps.FEW", 8 if at_once == 1 else 4)
+    jax.clear_caches()
+    found = ask(jb.SoftmaxCrossEntropy())
+    jax.clear_caches()
+    for one, other in zip(found, due, strict=True):
+        if isinstance(one, cv.BlockDiagonal):  # eigenvectors have signs
+            one, other = (dense_blocks(b, params) for b in (one, other))
+        assert relative(flat(one), flat(other)) < 1e-12
+
+
 def test_a_product_of_random_deltas_converges(problem, matrices):
     every = units(problem[2])
 
@@ -338,6 +366,20 @@ def test_roots_and_products_of_every_loss(case):
         drawn = drawn.reshape(len(drawn), n, q)
         assert relative(np.einsum("kni,knj->nij", drawn, drawn) / len(drawn), dense) < 0.15
         assert np.abs(drawn.mean(0)).max() < 5 * np.abs(drawn).max() / np.sqrt(len(drawn))
+
+
+def test_the_root_of_classes_where_probabilities_underflow():
+    """Rank q - 1; right, and differentiable, where all that is after a class is exactly 0."""
+    z = jnp.array([[0.0, -2000.0, -1.0, -3000.0], [0.0, 1.0, -900.0, -900.0], [2000.0, 0, 0, 0]])
+    root = LOSS.hessian_root(z, jnp.zeros(3, int))
+    assert root.shape == (3, 3, 4)
+    due = loss_hessian(LOSS, z, jnp.zeros(3, int))
+    assert relative(jnp.einsum("rni,rnj->nij", root, root), due) < 1e-14
+    slopes = jax.grad(lambda z: jnp.sum(LOSS.hessian_root(z, jnp.zeros(3, int))))(z)
+    assert np.all(np.isfinite(slopes))
+    alone = jb.SoftmaxCrossEntropy().hessian_root(jnp.ones((2, 1)), jnp.zeros(2, int))
+    assert alone.shape == (1, 2, 1)
+    assert not np.any(alone)
 
 
 def test_a_masked_position_has_no_curvature_even_if_it_is_nan():

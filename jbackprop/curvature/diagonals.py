@@ -22,6 +22,7 @@ from jbackprop.curvature.sweeps import (
     check_number,
     linear_in_deltas,
     over_deltas,
+    portions_of,
 )
 from jbackprop.factored import (
     Factored,
@@ -130,7 +131,8 @@ def _diagonal(
     def ask(pairs: Sequence[Factored], aux: Sequence[Any]) -> list[Array]:
         return [question(pair) for pair in pairs]
 
-    found = over_deltas(net, loss, roots, params, x, y, key, ask, chunk=chunk)
+    portions = portions_of(net, loss, roots, params, x, y, key, chunk, per_example)
+    found = over_deltas(net, loss, roots, params, x, y, key, ask, portions=portions)
     if per_example:
         return jax.tree.map(lambda v: jnp.moveaxis(v, -1, 0), found)
     return jax.tree.map(lambda v: v / batch_size(x), found)

@@ -24,9 +24,9 @@ from jbackprop.curvature.sweeps import (
     by_blocks,
     check_model,
     check_number,
-    in_blocks_of,
     over_deltas,
     pairs_of,
+    portions_of,
 )
 from jbackprop.factored import (
     Factored,
@@ -199,13 +199,14 @@ def _kfac(
 ) -> BlockDiagonal:
     joint_bias, n = joint_bias and isinstance(net, Node), batch_size(x)
     plan = planned(net, params, x, sharing, joint_bias)
-    blocks, _ = in_blocks_of(net, roots, params, x, chunk)
+    portions = portions_of(net, loss, roots, params, x, y, key, chunk)
+    blocks = portions.blocks
 
     def ask(pairs: Sequence[Factored], aux: Sequence[Any]) -> list[PyTree]:
         roles = roles_of(pairs, sharing, joint_bias)
-        return [_factors(*own, sharing, blocks) for own in zip(roles, pairs, strict=True)]
+        return [_factors(*own, sharing, n, blocks) for own in zip(roles, pairs, strict=True)]
 
-    found = over_deltas(net, loss, roots, params, x, y, key, ask, chunk=chunk)
+    found = over_deltas(net, loss, roots, params, x, y, key, ask, portions=portions)
     tree: Any = jax.tree.structure(params)
     every = tree.flatten_up_to(found)
 
@@ -230,10 +231,11 @@ class _Factors(NamedTuple):
     g: Array
 
 
-def _factors(role: Role, pair: Any, sharing: Sharing, blocks: int) -> Any:
+def _factors(role: Role, pair: Any, sharing: Sharing, n: int, blocks: int) -> Any:
     """What is collected of one parameter, under the vmap over the deltas of one of some blocks.
 
-    What is divided by is divided by first, its root: the pairs are smaller than the factors.
+    What is divided by is divided by first, its root: the pairs are smaller than the factors. It is
+    about some of the n examples.
     """
     if role is Role.IN_MATRIX:
         return ()
@@ -241,8 +243,8 @@ def _factors(role: Role, pair: Any, sharing: Sharing, blocks: int) -> Any:
         return second_moment(pair)
     dtype = wide_dtype(pair.delta.dtype)
     counted = 1 if sharing == "reduce" else math.prod(pair.delta.shape[2:-1])
-    share = (pair.size * max(counted, 1) * blocks) ** -0.5  # of A: it is found for every block
-    pair = pair.with_deltas(lambda d: d.astype(dtype) * pair.size**-0.5)
+    share = (n * max(counted, 1) * blocks) ** -0.5  # of A: it is found for every block
+    pair = pair.with_deltas(lambda d: d.astype(dtype) * n**-0.5)
     if isinstance(pair, Shift | Lookup):
         deltas = pair.delta
         if isinstance(pair, Shift):  # exact: the sum over the positions comes first
@@ -318,14 +320,16 @@ def _ekfac(
         return [turned_second_moment(pair, *own) if own else second_moment(pair)
                 for pair, own in zip(pairs, owns, strict=True)]  # fmt: skip
 
-    found = over_deltas(
-        net, loss, roots, params, x, y, key, ask, jax.tree.unflatten(tree, aux), chunk
+    own, portions = (
+        jax.tree.unflatten(tree, aux),
+        portions_of(net, loss, roots, params, x, y, key, chunk),
     )
+    found = over_deltas(net, loss, roots, params, x, y, key, ask, own, portions)
     every = tree.flatten_up_to(found)
     blocks: OrderedDict[str, Any] = OrderedDict()
     for name, block in basis.blocks.items():
-        own = every[block.where.leaves[0]] / n
-        blocks[name] = block.with_eigenvalues(own.reshape(block.eigenvalues().shape))
+        values = every[block.where.leaves[0]] / n
+        blocks[name] = block.with_eigenvalues(values.reshape(block.eigenvalues().shape))
     return BlockDiagonal(blocks, basis.tree, basis.shapes)
 
 

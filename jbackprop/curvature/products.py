@@ -277,7 +277,7 @@ def ggn_of(
         """H_n J_n v / B."""
         if roots is None:
             return loss.hessian_product(z, y, tangent) / n
-        columns = roots.columns(loss, z, y, drawn)(jnp.arange(roots.number(z.shape)))
+        columns = roots.columns(loss, z, y, drawn)(jnp.arange(roots.number(loss, z, y)))
 
         def one(root: Array) -> Array:
             along = jnp.sum((root * tangent).reshape(n, -1), axis=1)

@@ -12,7 +12,14 @@ from jax import Array, lax
 
 from jbackprop.curvature.products import check_vector, learning, shapes_of
 from jbackprop.curvature.roots import Exact, Roots
-from jbackprop.curvature.sweeps import ALL, DELTAS, Model, check_model, check_number, over_deltas
+from jbackprop.curvature.sweeps import (
+    DELTAS,
+    Model,
+    check_model,
+    check_number,
+    over_deltas,
+    portions_of,
+)
 from jbackprop.factored import Factored, PyTree, widest_dtype
 from jbackprop.losses import Loss
 from jbackprop.sweep import batch_size
@@ -76,9 +83,11 @@ def _block_product(
         weights = jnp.sum(jnp.stack([v.astype(wide) for v in along]), axis=0)
         return [lax.psum(pair.total(weights), DELTAS) for pair in pairs]
 
+    portions = portions_of(net, loss, roots, params, x, y, key, chunk)
+
     def product(vector: PyTree) -> PyTree:
         own = learning(net, params, vector)
-        found = over_deltas(net, loss, roots, params, x, y, key, ask, own, chunk)
+        found = over_deltas(net, loss, roots, params, x, y, key, ask, own, portions)
         return jax.tree.map(lambda v, p: (v / batch_size(x)).astype(p.dtype), found, params)
 
     if check_vector(jax.tree.structure(params), shapes_of(params), vector):
@@ -125,5 +134,5 @@ def _root(
         rows = [lax.all_gather(pair.each(), DELTAS) for pair in pairs]
         return [jnp.moveaxis(v, (0, 1), (-2, -1)) for v in rows]  # behind the axes of copies
 
-    found = over_deltas(net, loss, roots, params, x, y, key, ask, chunk=ALL)
+    found = over_deltas(net, loss, roots, params, x, y, key, ask)
     return jax.tree.map(lambda v: jnp.moveaxis(v, (-2, -1), (0, 1)) / batch_size(x) ** 0.5, found)

@@ -34,8 +34,8 @@ class Roots(abc.ABC):
     """Which deltas S_v of the outputs are swept back. Use `Exact`, `MonteCarlo` or `Empirical`."""
 
     @abc.abstractmethod
-    def number(self, z_shape: tuple[int, ...]) -> int:
-        """How many deltas there are, for outputs z (B, ..., q)."""
+    def number(self, loss: Loss, z: Any, y: Any) -> int:
+        """How many deltas there are, for outputs z (B, ..., q), of which shapes will do."""
 
     @abc.abstractmethod
     def columns(self, loss: Loss, z: Array, y: Any, key: Array | None) -> Columns:
@@ -51,20 +51,17 @@ class Roots(abc.ABC):
 class Exact(Roots):
     """All columns of the loss's `hessian_root`: the Gauss-Newton matrix itself.
 
-    For q outputs at T positions these are T q deltas, one for each column and position.
+    For r columns at T positions these are T r deltas. Of q outputs r = q, as a rule; of q classes
+    it is q - 1.
     """
 
-    def number(self, z_shape: tuple[int, ...]) -> int:
-        return math.prod(z_shape[1:])
+    def number(self, loss: Loss, z: Any, y: Any) -> int:
+        rank: int = jax.eval_shape(loss.hessian_root, z, y).shape[0]
+        return rank * math.prod(z.shape[1:-1])
 
     def columns(self, loss: Loss, z: Array, y: Any, key: Array | None) -> Columns:
         root = loss.hessian_root(z, y)
         rank, shape, places = root.shape[0], z.shape, math.prod(z.shape[1:-1])
-        if rank != shape[-1]:
-            raise ValueError(
-                f"{loss}: hessian_root gives {rank} columns for outputs of {shape[-1]}; give as "
-                "many as there are outputs (columns of zeros, if need be)"
-            )
         if places == 1:
             return lambda at: jnp.take(root, at, axis=0)
         flat = root.reshape(rank, shape[0], places, shape[-1])
@@ -103,7 +100,7 @@ class MonteCarlo(Roots):
     def draws(self) -> bool:
         return True
 
-    def number(self, z_shape: tuple[int, ...]) -> int:
+    def number(self, loss: Loss, z: Any, y: Any) -> int:
         return self.samples
 
     def columns(self, loss: Loss, z: Array, y: Any, key: Array | None) -> Columns:
@@ -124,7 +121,7 @@ class Empirical(Roots):
     Hennig, Limitations of the empirical Fisher approximation (2019).
     """
 
-    def number(self, z_shape: tuple[int, ...]) -> int:
+    def number(self, loss: Loss, z: Any, y: Any) -> int:
         return 1
 
     def columns(self, loss: Loss, z: Array, y: Any, key: Array | None) -> Columns:

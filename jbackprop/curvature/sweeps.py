@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,6 +23,7 @@ from jbackprop.factored import (
     PyTree,
     in_blocks,
     is_factored,
+    scan_examples,
 )
 from jbackprop.gradient import check_call, refuse_coupling
 from jbackprop.losses import Loss
@@ -33,16 +33,24 @@ from jbackprop.sweep import Node, Trace, backward, batch_size, forward, keep
 _T = TypeVar("_T")
 DELTAS = "deltas"
 """The name of the axis of the deltas S_v, of which each pair is asked under a `jax.vmap`."""
-ALL = sys.maxsize
-"""A chunk of all deltas."""
 AT_ONCE = 1 << 22
 """Numbers of the widest layer's deltas that are swept at once, about."""
+FEW = 8
+"""Examples that are swept at once at least."""
 
 Model = Node | Callable[[PyTree, Any], Array]
 """A network of ours, or any function (params, one example's x) -> that example's outputs z."""
 Ask = Callable[[Sequence[Factored], Sequence[Any]], Sequence[PyTree]]
 """From the pairs of one layer (one copy of it) and their parts of `aux`, to what is kept of each
 parameter. It is called under the vmap over the deltas, and must sum over them."""
+
+
+class Portions(NamedTuple):
+    """What is swept at once: so many examples, and so many deltas of each in one of some blocks."""
+
+    examples: int
+    blocks: int
+    deltas: int
 
 
 class Group(NamedTuple):
@@ -120,7 +128,7 @@ def over_deltas(
     key: Array | None,
     ask: Ask,
     aux: PyTree = None,
-    chunk: int | None = None,
+    portions: Portions | None = None,
 ) -> PyTree:
     """What `ask` gives of every layer's pairs, summed over the deltas of the outputs.
 
@@ -129,14 +137,38 @@ def over_deltas(
         ask: what is made of the pairs; see `Ask`.
         aux: a tree like params whose leaves are trees of arrays, routed to `ask`; where copies of a
             layer are scanned, with axes for them in front.
-        chunk: so many deltas at a time; by default as many as a cache can hold some of.
+        portions: what is swept at once; by default all. What is given of portions of the examples
+            is added up.
 
     Returns:
         A tree like params of what `ask` gave; of scanned copies, stacked in front.
     """
-    own_key, drawn = two_keys(net, key)
     if isinstance(net, Node):
         refuse_coupling(net, "its curvature, parameter by parameter,")
+    if portions is None or portions.examples == batch_size(x):
+        return _over_deltas(net, loss, roots, params, x, y, key, ask, aux, portions)
+
+    def some(batch: tuple[Any, Any]) -> tuple[PyTree, PyTree]:
+        return (), _over_deltas(net, loss, roots, params, *batch, key, ask, aux, portions)
+
+    return scan_examples(some, (x, y), batch_size(x), portions.examples)[1]
+
+
+def _over_deltas(
+    net: Model,
+    loss: Loss,
+    roots: Roots,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    key: Array | None,
+    ask: Ask,
+    aux: PyTree,
+    portions: Portions | None,
+) -> PyTree:
+    """The same for all these examples at once."""
+    own_key, drawn = two_keys(net, key)
+    if isinstance(net, Node):
         z, saved = forward(net, params, x, own_key)
         trace, columns = net.trace(x, z, saved), roots.columns(loss, z, y, drawn)
 
@@ -156,31 +188,57 @@ def over_deltas(
             own = (jax.tree.map(jnp.asarray, y), jnp.arange(program.n))
             return _of_program(program, of_example, own, ask, aux)
 
-    number = roots.number(z.shape)
-    blocks, chunk = in_blocks_of(net, roots, params, x, chunk)
-    if blocks == 1:
+    number = roots.number(loss, z, y)
+    if portions is None or portions.blocks == 1:
         return some(jnp.arange(number))
-    starts = jnp.arange(blocks) * chunk
-    nothing = jax.tree.map(
-        lambda v: jnp.zeros(v.shape, v.dtype), jax.eval_shape(some, jnp.arange(chunk))
-    )
+    at_once = jnp.arange(portions.deltas)
+    nothing = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), jax.eval_shape(some, at_once))
 
     def step(so_far: PyTree, start: Array) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, so_far, some(start + jnp.arange(chunk))), None
+        return jax.tree.map(jnp.add, so_far, some(start + at_once)), None
 
-    return lax.scan(step, nothing, starts)[0]
+    return lax.scan(step, nothing, jnp.arange(portions.blocks) * portions.deltas)[0]
 
 
-def in_blocks_of(
-    net: Model, roots: Roots, params: PyTree, x: Any, chunk: int | None
-) -> tuple[int, int]:
-    """In how many blocks the deltas are swept, and how many are in one."""
+def portions_of(
+    net: Model,
+    loss: Loss,
+    roots: Roots,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    key: Array | None,
+    chunk: int | None,
+    of_each: bool = False,
+) -> Portions:
+    """What is best swept at once, of what is summed over the examples unless it is `of_each`.
+
+    All deltas of as many examples as a cache can hold some of: so each is swept forward once. Where
+    that is too few, or random numbers are drawn for all of them, not all deltas.
+
+    Args:
+        net, loss, roots, params, x, y, key: what is swept.
+        chunk: so many deltas of all examples, where one wants that.
+        of_each: whether something of each example is asked.
+    """
     z = jax.eval_shape(lambda params, x: outputs_of(net, params, x), params, x)
-    number = roots.number(z.shape)
-    if chunk is None:
-        chunk = AT_ONCE // max(1, _widest(net, params, x)) if number > 1 else 1
+    number, n = roots.number(loss, z, y), batch_size(x)
+    examples = n
+    if chunk is None and number == 1:
+        chunk = 1
+    elif chunk is None:
+        each = max(1, _widest(net, params, x) // n)  # numbers of an example and a delta
+        if not (of_each or roots.draws or two_keys(net, key)[0] is not None):
+            examples = _dividing(n, max(FEW, AT_ONCE // (each * number)))
+        chunk = AT_ONCE // (each * examples)
     blocks = -(-number // max(1, chunk))
-    return blocks, -(-number // blocks)
+    return Portions(examples, blocks, -(-number // blocks))
+
+
+def _dividing(n: int, most: int) -> int:
+    """At most so many that n is a multiple of, if they are not much fewer."""
+    most = min(n, most)
+    return next((k for k in range(most, most // 2, -1) if n % k == 0), most)
 
 
 def _there(columns: Columns, at: Array, number: int) -> Array:
@@ -297,7 +355,7 @@ def by_blocks(pair: Outer | Patches, f: Callable[[Array, Array], _T], entries: i
     Args:
         pair: of a matrix, or of a kernel, which is one over its patches.
         f: from a (b, G, T, i) and all the deltas S (b, v, G, T, o) to arrays.
-        entries: so many numbers f writes out for an example.
+        entries: so many numbers f writes out for an example, and reads again.
     """
     deltas = jnp.moveaxis(lax.all_gather(pair.delta, DELTAS), 0, 1)
 
@@ -310,7 +368,7 @@ def by_blocks(pair: Outer | Patches, f: Callable[[Array, Array], _T], entries: i
         return f(one.outer().a, each(deltas))
 
     kernels = pair.entries if isinstance(pair, Patches) else 0
-    return in_blocks(some, (pair.a, deltas), pair.size, entries + kernels, summed=True)
+    return in_blocks(some, (pair.a, deltas), pair.size, 8 * entries + kernels, summed=True)
 
 
 def canonical_home(pair: Outer | Patches) -> Place:

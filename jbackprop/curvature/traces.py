@@ -22,6 +22,7 @@ from jbackprop.curvature.sweeps import (
     layers_of,
     over_deltas,
     pairs_of,
+    portions_of,
     two_keys,
 )
 from jbackprop.factored import Factored, PyTree, wide_dtype
@@ -77,7 +78,8 @@ def _traces(
     def ask(pairs: Sequence[Factored], aux: Sequence[Any]) -> list[Array]:
         return [lax.psum(jnp.sum(pair.square_norm()), DELTAS) for pair in pairs]
 
-    found = over_deltas(net, loss, roots, params, x, y, key, ask, chunk=chunk)
+    portions = portions_of(net, loss, roots, params, x, y, key, chunk)
+    found = over_deltas(net, loss, roots, params, x, y, key, ask, portions=portions)
     return [jnp.sum(v) / batch_size(x) for v in jax.tree.leaves(found)]
 
 

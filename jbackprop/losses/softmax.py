@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jbackprop.losses.base import check_range, is_concrete, unit_vectors
 from jbackprop.losses.canonical import Canonical
@@ -34,11 +34,14 @@ class SoftmaxCrossEntropy(Canonical):
 
     With p = softmax(z), dp_c/dz_j = p_c ([c = j] - p_j): the Hessian is m (diag(p) - p p^T), and
     its product with v is m p * (v - p . v). It is m times the covariance of one-hot rows e_c drawn
-    with the probabilities p_c, sum_c p_c (e_c - p) (outer) (e_c - p), so that its root has columns
+    with the probabilities p_c, so that sqrt(m) (p - e_c) for a drawn c is a root on average. Its
+    rank is q - 1, and its Cholesky root has as many columns, each a class against those after it:
+    with t_c = sum_{j > c} p_j,
 
-        S_c = sqrt(m p_c) (e_c - p)
+        S_c = sqrt(m p_c t_c / t_{c-1}) (e_c - sum_{j > c} p_j / t_c e_j),    c < q - 1
 
-    one for each class; and sqrt(m) (p - e_c) for a c that is drawn is a root on average.
+    (Tanabe and Sagae, An exact Cholesky decomposition and the generalized inverse of the variance-
+    covariance matrix of the multinomial distribution, 1992).
 
     Targets: t = w * ((1 - s) y + s / q), with class weights w and label smoothing s (Szegedy et
     al., Rethinking the Inception architecture, 2016, section 7) over q classes.
@@ -103,8 +106,17 @@ class SoftmaxCrossEntropy(Canonical):
 
     def variance_root(self, z: Array) -> Array:
         p = self.mean(z)
-        roots = jnp.moveaxis(jnp.sqrt(p), -1, 0)[..., None]
-        return roots * (unit_vectors(z) - p[None])
+        if p.shape[-1] == 1:
+            return jnp.zeros_like(p)[None]
+        tails = jnp.moveaxis(lax.cumsum(p, p.ndim - 1, reverse=True), -1, 0)[..., None]
+        before, after = tails[:-1], tails[1:]
+        there = (before > 0) & (after > 0)  # all that is after may underflow
+        share = jnp.where(there, after, 1) / jnp.where(there, before, 1)
+        square = jnp.where(there, jnp.moveaxis(p, -1, 0)[:-1, ..., None] * share, 0)
+        size = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+        units = unit_vectors(z)
+        behind = jnp.cumsum(units, axis=-1) - units
+        return size * (units[:-1] - behind[:-1] * p[None] / jnp.where(there, after, 1))
 
     def sample(self, key: Array, z: Array) -> Array:
         """One-hot rows (B, ..., q) of drawn classes."""
