@@ -8,8 +8,9 @@ back, tanh, the sigmoid cross-entropy of the pixels), and the character transfor
 each run from the same start, on the same mini-batches, for the same number of seconds; what is
 reported is its best setting by seconds, run again for twice as long. K-FAC finds its rate and
 momentum from the quadratic model and its damping by Levenberg and Marquardt; what is tuned is the
-damping's start and its factor. With nothing given it is one setting more, untuned. Seconds are
-those of the steps: without compiling, and without looking at the loss of the whole training set.
+damping's start and its factor, while factors every 5 steps and eigenvectors every 20 are fixed.
+With nothing given it is one setting more, untuned. The training loss is that of all 5,000 digits,
+and of the first 512 windows of text. Seconds are those of the steps, without compiling or looking.
 """
 
 from __future__ import annotations

@@ -303,6 +303,7 @@ def test_portions_of_examples_and_of_deltas_change_nothing(monkeypatch, kind, at
         return [
             cv.diag_ggn(*batch), cv.trace_ggn(*batch), cv.kfac(*batch), cv.ekfac(*batch),
             cv.ggn_block_product(*batch[:5], vector), cv.diag_ggn(*batch, per_example=True),
+            cv.kfac(*batch, chunk=2),
         ]  # fmt: skip
 
     due = ask(jb.SoftmaxCrossEntropy())
@@ -383,12 +384,17 @@ def test_the_root_of_classes_where_probabilities_underflow():
 
 
 def test_a_masked_position_has_no_curvature_even_if_it_is_nan():
-    loss = jb.SoftmaxCrossEntropy(ignore_index=0)
+    capped = jb.FusedSoftmaxCrossEntropy(ignore_index=0, logit_cap=5.0)
     z = jnp.array([[[jnp.nan] * 3, [1.0, 2.0, 3.0]]])
     y = jnp.array([[0, 2]])
-    for found in (loss.hessian_root(z, y)[:, 0, 0], loss.hessian_product(z, y, z)[0, 0]):
-        assert not np.any(found)
-    assert not np.any(loss.sampled_root(jax.random.key(0), z, y)[0, 0])
+    for loss in (jb.SoftmaxCrossEntropy(ignore_index=0), capped):
+        assert not np.any(loss.hessian_root(z, y)[:, 0, 0])
+        for found in (
+            loss.hessian_product(z, y, z), loss.sampled_root(jax.random.key(0), z, y),
+            loss.delta(z, y), loss.value_and_delta(z, y)[1],
+        ):  # fmt: skip
+            assert not np.any(found[0, 0])
+            assert np.all(np.isfinite(found[0, 1]) & (found[0, 1] != 0))
 
 
 # Kronecker factors.
@@ -781,7 +787,14 @@ class Bare(jb.losses.Loss):
         return "Bare()"
 
 
+class Rows(Bare):
+    def hessian_root(self, z, y):
+        return jnp.ones_like(z)
+
+
 BAD = {
+    "no columns": (
+        lambda p: cv.diag_ggn(p[0], Rows(), *p[2:]), ValueError, r"Bare.*must give r columns"),
     "no root": (lambda p: cv.diag_ggn(p[0], Bare(), *p[2:]), NotImplementedError, "Bare.*hessian_root"),
     "no product": (
         lambda p: cv.ggn_product(p[0], Bare(), *p[2:], p[2]), NotImplementedError, "Bare.*hessian_product"),

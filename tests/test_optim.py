@@ -179,6 +179,20 @@ def test_layers_that_draw_are_drawn_as_in_the_gradient(problem, kind):
     assert np.all(np.isfinite(fit.history["loss"]))
 
 
+def test_without_the_gradients_key_there_is_one_draw_for_all(problem):
+    """Of the factors and of the quadratic model: the second half of the state's key."""
+    net = jb.Sequential(jb.Dense(4, 6), jb.Dropout(0.5), jb.Tanh(), jb.Dense(6, 3))
+    params = net.init(jax.random.key(0))
+    x, y = problem[1:]
+    grads = jb.value_and_grad(net, LOSS)(params, x, y, key=jax.random.key(9))[1]
+    tx = jb.optim.kfac(net, LOSS, (x, y), damping=0.1, **EXACT)
+    state = tx.init(params)
+    _, drawn = jax.random.split(state.key)
+    one, _ = tx.update(grads, state, params, batch=(x, y))
+    other, _ = tx.update(grads, state, params, batch=(x, y), batch_key=drawn)
+    assert relative(flat(one), flat(other)) < 1e-14
+
+
 def test_bfloat16_and_frozen_layers(problem):
     x, y = problem[1:]
     net = jb.Sequential(jb.Dense(4, 5), jb.Tanh(), jb.Frozen(jb.Dense(5, 4)), jb.Dense(4, 3))

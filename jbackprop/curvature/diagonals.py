@@ -60,7 +60,8 @@ def diag_ggn(
     For a pair (a, S_v) with one position this is (a * a)^T (sum_v S_v * S_v) / B: the deltas are
     squared and added up first, and one product of matrices is left, however many there are. Over
     several positions the sum over these comes before the square, so that the gradients g_nv are
-    written out, a few at a time. For the cost of q deltas in the sweep, `Exact` is exact.
+    written out, a few at a time. For the cost of all columns of the loss's root in the sweep (of q
+    classes q - 1, for each position), `Exact` is exact.
 
     Source: Dangel, Kunstner and Hennig, BackPACK: packing more into backprop (2020), equation 19.
 
@@ -73,8 +74,8 @@ def diag_ggn(
         roots: `Exact()`, `MonteCarlo(samples)` or `Empirical()`.
         key: for `MonteCarlo`, and for layers that draw.
         per_example: the diagonal of each example's own J_n^T H_n J_n instead, not divided by B.
-        chunk: so many deltas at a time; bounds the memory, and changes nothing else. By default as
-            many as make sense for a cache.
+        chunk: at most so many deltas at a time; bounds the memory, and changes nothing else. By
+            default all deltas of as many examples as make sense for a cache, but of at least eight.
 
     Returns:
         A tree like params, in float32 at least; 0 for frozen parameters. With `per_example` its

@@ -98,7 +98,7 @@ def kfac(
         joint_bias: whether the bias of a matrix is part of its block, as a row for an input of 1:
             in a layer of one matrix and one bias, which is taken to be z = a W + b. Of a function,
             whose biases cannot be told, biases always have their own block.
-        chunk: so many deltas at a time; bounds the memory, and changes nothing else.
+        chunk: at most so many deltas at a time; bounds the memory, and changes nothing else.
 
     Returns:
         A `BlockDiagonal` of `Kronecker` and `Diagonal` blocks, in float32 at least.
@@ -320,10 +320,8 @@ def _ekfac(
         return [turned_second_moment(pair, *own) if own else second_moment(pair)
                 for pair, own in zip(pairs, owns, strict=True)]  # fmt: skip
 
-    own, portions = (
-        jax.tree.unflatten(tree, aux),
-        portions_of(net, loss, roots, params, x, y, key, chunk),
-    )
+    own = jax.tree.unflatten(tree, aux)
+    portions = portions_of(net, loss, roots, params, x, y, key, chunk)
     found = over_deltas(net, loss, roots, params, x, y, key, ask, own, portions)
     every = tree.flatten_up_to(found)
     blocks: OrderedDict[str, Any] = OrderedDict()

@@ -31,7 +31,11 @@ Columns = Callable[[Array], Array]
 
 
 class Roots(abc.ABC):
-    """Which deltas S_v of the outputs are swept back. Use `Exact`, `MonteCarlo` or `Empirical`."""
+    """Which deltas S_v of the outputs are swept back. Use `Exact`, `MonteCarlo` or `Empirical`.
+
+    Unless they are drawn, both methods may be asked of a portion of the examples, whose deltas and
+    whose number must not depend on the others.
+    """
 
     @abc.abstractmethod
     def number(self, loss: Loss, z: Any, y: Any) -> int:
@@ -56,7 +60,13 @@ class Exact(Roots):
     """
 
     def number(self, loss: Loss, z: Any, y: Any) -> int:
-        rank: int = jax.eval_shape(loss.hessian_root, z, y).shape[0]
+        root = jax.eval_shape(loss.hessian_root, z, y)
+        if root.shape[1:] != z.shape:
+            raise ValueError(
+                f"{loss}: hessian_root gives {root.shape}; it must give r columns like the outputs "
+                f"{z.shape}, (r, B, ..., q)"
+            )
+        rank: int = root.shape[0]
         return rank * math.prod(z.shape[1:-1])
 
     def columns(self, loss: Loss, z: Array, y: Any, key: Array | None) -> Columns:

@@ -35,6 +35,8 @@ DELTAS = "deltas"
 """The name of the axis of the deltas S_v, of which each pair is asked under a `jax.vmap`."""
 AT_ONCE = 1 << 22
 """Numbers of the widest layer's deltas that are swept at once, about."""
+REREAD = 8
+"""What is read again at once had better be so much smaller than what is only written at once."""
 FEW = 8
 """Examples that are swept at once at least."""
 
@@ -218,20 +220,20 @@ def portions_of(
 
     Args:
         net, loss, roots, params, x, y, key: what is swept.
-        chunk: so many deltas of all examples, where one wants that.
+        chunk: at most so many deltas, where one wants that.
         of_each: whether something of each example is asked.
     """
     z = jax.eval_shape(lambda params, x: outputs_of(net, params, x), params, x)
     number, n = roots.number(loss, z, y), batch_size(x)
-    examples = n
-    if chunk is None and number == 1:
-        chunk = 1
-    elif chunk is None:
-        each = max(1, _widest(net, params, x) // n)  # numbers of an example and a delta
-        if not (of_each or roots.draws or two_keys(net, key)[0] is not None):
-            examples = _dividing(n, max(FEW, AT_ONCE // (each * number)))
-        chunk = AT_ONCE // (each * examples)
-    blocks = -(-number // max(1, chunk))
+    if number == 1:
+        return Portions(n, 1, 1)
+    each = max(1, _widest(net, params, x) // n)  # numbers of an example and a delta
+    deltas, examples = min(chunk or number, number), n
+    if not (of_each or roots.draws or two_keys(net, key)[0] is not None):
+        examples = _dividing(n, max(FEW, AT_ONCE // (each * deltas)))
+    if chunk is None:
+        deltas = max(1, AT_ONCE // (each * examples))
+    blocks = -(-number // deltas)
     return Portions(examples, blocks, -(-number // blocks))
 
 
@@ -368,7 +370,7 @@ def by_blocks(pair: Outer | Patches, f: Callable[[Array, Array], _T], entries: i
         return f(one.outer().a, each(deltas))
 
     kernels = pair.entries if isinstance(pair, Patches) else 0
-    return in_blocks(some, (pair.a, deltas), pair.size, 8 * entries + kernels, summed=True)
+    return in_blocks(some, (pair.a, deltas), pair.size, REREAD * entries + kernels, summed=True)
 
 
 def canonical_home(pair: Outer | Patches) -> Place:

@@ -143,8 +143,10 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
         return z if self.logit_cap is None else self.logit_cap * jnp.tanh(z / self.logit_cap)
 
     def _slope(self, capped: Array) -> Array | float:
-        """dz'/dz, from z'."""
-        return 1.0 if self.logit_cap is None else 1 - jnp.square(capped / self.logit_cap)
+        """dz'/dz, from z'; 0 where that is NaN, as at positions that are ignored it may be."""
+        if self.logit_cap is None:
+            return 1.0
+        return jnp.where(jnp.isnan(capped), 0, 1 - jnp.square(capped / self.logit_cap))
 
     # The fused way, from the inputs of the last linear map.
 

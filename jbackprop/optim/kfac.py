@@ -194,7 +194,7 @@ def kfac(
 
         def bends(*vectors: PyTree) -> Array:
             several = jax.tree.map(lambda *v: jnp.stack(v), *vectors)
-            return curvature.ggn_inner(net, loss, params, x, y, several, key=batch_key)
+            return curvature.ggn_inner(net, loss, params, x, y, several, key=drawn)
 
         if learning_rate is None:
             step, bend = _minimising(grads, natural, state, bends)
