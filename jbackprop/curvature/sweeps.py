@@ -228,11 +228,10 @@ def portions_of(
     if number == 1:
         return Portions(n, 1, 1)
     each = max(1, _widest(net, params, x) // n)  # numbers of an example and a delta
-    deltas, examples = min(chunk or number, number), n
+    examples = n
     if not (of_each or roots.draws or two_keys(net, key)[0] is not None):
-        examples = _dividing(n, max(FEW, AT_ONCE // (each * deltas)))
-    if chunk is None:
-        deltas = max(1, AT_ONCE // (each * examples))
+        examples = _dividing(n, max(FEW, AT_ONCE // (each * number)))
+    deltas = max(1, min(chunk or number, AT_ONCE // (each * examples)))
     blocks = -(-number // deltas)
     return Portions(examples, blocks, -(-number // blocks))
 
