@@ -103,7 +103,7 @@ KILLERS = {
     "losses/": [
         "losses.*(complex|value|position|extreme|ignored|_of_|under_jit)",
         LAYER,
-        "curvature.*(roots_and_products|masked)",
+        "curvature.*(roots_and_products|masked|underflow)",
     ],
     "curvature/": [
         "curvature.*(answers|linear|nearer|backpack)",

@@ -340,6 +340,10 @@ def test_roots_and_products_of_every_loss(case):
         y = case.targets(jax.random.key(2), shape)
         n, q = shape[0], int(np.prod(shape[1:]))
         v = jax.random.normal(jax.random.key(3), shape)
+        low = z.astype("bfloat16")
+        for ask in (loss.hessian_root, functools.partial(loss.sampled_root, jax.random.key(0))):
+            assert jax.eval_shape(ask, low, y).dtype == "bfloat16"
+        assert jax.eval_shape(loss.hessian_product, low, y, v).dtype == "bfloat16"
 
         @jax.jit
         def all_of_it(z, y, v):

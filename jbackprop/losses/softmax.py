@@ -110,9 +110,9 @@ class SoftmaxCrossEntropy(Canonical):
             return jnp.zeros_like(p)[None]
         tails = jnp.moveaxis(lax.cumsum(p, p.ndim - 1, reverse=True), -1, 0)[..., None]
         before, after = tails[:-1], tails[1:]
-        there = (before > 0) & (after > 0)  # all that is after may underflow
-        share = jnp.where(there, after, 1) / jnp.where(there, before, 1)
-        square = jnp.where(there, jnp.moveaxis(p, -1, 0)[:-1, ..., None] * share, 0)
+        there = after > 0  # all that is after may underflow
+        share = after / jnp.where(there, before, 1)
+        square = jnp.moveaxis(p, -1, 0)[:-1, ..., None] * share
         size = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
         units = unit_vectors(z)
         behind = jnp.cumsum(units, axis=-1) - units
