@@ -73,10 +73,10 @@ RULES = {
     " *.log_determinant *.solve",
     "curvature/products.py": "ggn_of hessian_of",
     "curvature/root_products.py": "_block_product _root",
-    "curvature/hessian.py": "_propagate _pulled _moved _by_eigenvectors _along_each",
-    "curvature/traces.py": "_traces _estimated_traces",
+    "curvature/hessian.py": "_propagate _pulled _moved _by_eigenvectors _along_each _estimated",
+    "curvature/traces.py": "_traces",
     "optim/kfac.py": "_given _minimising",
-    "optim/damping.py": "*.adapted inner quadratic",
+    "optim/damping.py": "*.adapted inner damped",
 }
 """The rules of each file, as patterns of qualified names; a file has those of all that match it."""
 

@@ -16,7 +16,7 @@ from jbackprop.check.programs import reached
 from jbackprop.curvature.blocks import eigh
 from jbackprop.curvature.products import hessian_of
 from jbackprop.curvature.sweeps import Model, check_model, check_number, two_keys
-from jbackprop.factored import PyTree, is_factored, wide_dtype
+from jbackprop.factored import PyTree, is_factored, scan_examples, wide_dtype
 from jbackprop.gradient import refuse_coupling
 from jbackprop.losses import Loss
 from jbackprop.structure import trainable_mask
@@ -316,36 +316,47 @@ def estimate_diag_hessian(
     Raises:
         ValueError: as `hessian_product`.
     """
+    found = estimated(net, loss, samples, chunk, params, x, y, key)
+    return jax.tree.map(lambda h, p: h.astype(p.dtype), found, params)
+
+
+def estimated(
+    net: Model,
+    loss: Loss,
+    samples: Any,
+    chunk: Any,
+    params: PyTree,
+    x: Any,
+    y: Any,
+    key: Any,
+) -> PyTree:
+    """The same in float32 at least; checked."""
     check_model(net, loss, params, x, y, key, draws=True)
     check_number("samples", samples)
     check_number("chunk", chunk, optional=True)
-    return _estimated(net, loss, samples, chunk, params, x, y, key)
+    return _estimated(net, loss, samples, min(chunk or samples, samples), params, x, y, key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _estimated(
-    net: Model,
-    loss: Loss,
-    samples: int,
-    chunk: int | None,
-    params: PyTree,
-    x: Any,
-    y: Any,
-    key: Array,
+    net: Model, loss: Loss, samples: int, chunk: int, params: PyTree, x: Any, y: Any, key: Array
 ) -> PyTree:
     own_key, drawn = two_keys(net, key)
     product = hessian_of(net, loss, params, x, y, own_key)
     assert drawn is not None
 
     def one(key: Array) -> PyTree:
-        signs = random_signs(key, params)
-        return jax.tree.map(jnp.multiply, signs, product(signs))
+        signs = _random_signs(key, params)
+        return jax.tree.map(lambda v, h: (v * h).astype(wide_dtype(v.dtype)), signs, product(signs))
 
-    found = lax.map(one, jax.random.split(drawn, samples), batch_size=chunk)
-    return jax.tree.map(lambda v: jnp.mean(v, axis=0), found)
+    def some(keys: Array) -> tuple[PyTree, PyTree]:
+        return (), jax.tree.map(lambda v: jnp.sum(v, axis=0), jax.vmap(one)(keys))
+
+    _, found = scan_examples(some, jax.random.split(drawn, samples), samples, chunk)
+    return jax.tree.map(lambda v: v / samples, found)
 
 
-def random_signs(key: Array, params: PyTree) -> PyTree:
+def _random_signs(key: Array, params: PyTree) -> PyTree:
     """+1 or -1 for every parameter."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(key, max(len(leaves), 1))

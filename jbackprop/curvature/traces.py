@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbackprop.curvature.hessian import random_signs
-from jbackprop.curvature.products import hessian_of
+from jbackprop.curvature.hessian import estimated
 from jbackprop.curvature.roots import Exact, Roots
 from jbackprop.curvature.sweeps import (
     DELTAS,
@@ -23,9 +22,8 @@ from jbackprop.curvature.sweeps import (
     over_deltas,
     pairs_of,
     portions_of,
-    two_keys,
 )
-from jbackprop.factored import Factored, PyTree, wide_dtype
+from jbackprop.factored import Factored, PyTree
 from jbackprop.losses import Loss
 from jbackprop.sweep import batch_size
 
@@ -97,8 +95,9 @@ def trace_hessian(
 ) -> Any:
     """Hutchinson's estimate of the trace of the Hessian of the mean cost, without bias.
 
-    The mean of v . (H v) over vectors of random signs. Its variance is twice the sum of the squares
-    of what is off the diagonal, over `samples`. (The exact trace is the sum of `diag_hessian`.)
+    The mean of v . (H v) over vectors of random signs: the sum of `estimate_diag_hessian`. Its
+    variance is twice the sum of the squares of what is off the diagonal, over `samples`. (The exact
+    trace is the sum of `diag_hessian`.)
 
     Source: Hutchinson, A stochastic estimator of the trace of the influence matrix for Laplacian
     smoothing splines (1989).
@@ -116,40 +115,8 @@ def trace_hessian(
     Raises:
         ValueError: as `hessian_product`.
     """
-    check_model(net, loss, params, x, y, key, draws=True)
-    check_number("samples", samples)
-    check_number("chunk", chunk, optional=True)
-    found = _estimated_traces(net, loss, samples, chunk, params, x, y, key)
-    return _by_layer(net, params, x, found, per_layer)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _estimated_traces(
-    net: Model,
-    loss: Loss,
-    samples: int,
-    chunk: int | None,
-    params: PyTree,
-    x: Any,
-    y: Any,
-    key: Array,
-) -> list[Array]:
-    own_key, drawn = two_keys(net, key)
-    product = hessian_of(net, loss, params, x, y, own_key)
-    assert drawn is not None
-
-    def one(key: Array) -> list[Array]:
-        signs = random_signs(key, params)
-        pairs = zip(jax.tree.leaves(signs), jax.tree.leaves(product(signs)), strict=True)
-        return [jnp.vdot(wide(v), wide(h)) for v, h in pairs]
-
-    found = lax.map(one, jax.random.split(drawn, samples), batch_size=chunk)
-    return [jnp.mean(v) for v in found]
-
-
-def wide(v: Array) -> Array:
-    """In float32 at least."""
-    return v.astype(wide_dtype(v.dtype))
+    found = estimated(net, loss, samples, chunk, params, x, y, key)
+    return _by_layer(net, params, x, [jnp.sum(v) for v in jax.tree.leaves(found)], per_layer)
 
 
 def _by_layer(
