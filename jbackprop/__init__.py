@@ -1,6 +1,7 @@
 """Backpropagation with the lid off, for JAX: hand-derived delta rules, proved against jax.grad."""
 
 from jbackprop import check as check
+from jbackprop import credit as credit
 from jbackprop import curvature as curvature
 from jbackprop import diagnose as diagnose
 from jbackprop import factored as factored

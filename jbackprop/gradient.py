@@ -55,13 +55,14 @@ class Backprop:
     @property
     def factored(self) -> PyTree:
         """A tree like params of factored gradients: `Outer`, `Shift`, ..."""
-        return rebuild(self.net, self.kept, lambda path, layer, kept: (layer, _pairs(kept)))[1]
+        return rebuild(self.net, self.kept, lambda path, layer, own: (layer, collected(own)))[1]
 
 
 jax.tree_util.register_dataclass(Backprop, ["losses", "outputs", "delta_x", "kept"], ["net"])
 
 
-def _pairs(kept: Any) -> PyTree:
+def collected(kept: Any) -> PyTree:
+    """What was collected of one layer, without its delta."""
     return kept.factored if isinstance(kept, Kept) else kept
 
 
@@ -314,8 +315,13 @@ def deltas(bp: Backprop) -> OrderedDict[str, Any]:
     the delta. Unscaled: the mean cost's deltas are these divided by B. The copies of a layer in a
     scanned composite are told apart: `layers[1].layer[0]`, ...
     """
-    found = walk(bp.net, bp.kept)
-    return by_copy(bp.net, {path: kept.delta for path, _, kept in found if isinstance(kept, Kept)})
+    return deltas_of(bp.net, bp.kept)
+
+
+def deltas_of(net: Node, tree: PyTree) -> OrderedDict[str, Any]:
+    """The delta of every `Kept` of a tree like the network's params, by path."""
+    found = walk(net, tree)
+    return by_copy(net, {path: kept.delta for path, _, kept in found if isinstance(kept, Kept)})
 
 
 @functools.lru_cache(maxsize=256)

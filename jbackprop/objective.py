@@ -83,7 +83,7 @@ def _value_grad_outputs(
 ) -> tuple[Array, PyTree, Any]:
     n = batch_size(x)
     check_weights(weights, n)
-    collect, divisor, output_weights = _weighting(net, params, weights, n)
+    collect, divisor, output_weights = weighting(net, params, weights, n)
     swept = sweep(net, loss, params, x, y, collect, key=key, output_weights=output_weights)
     grads = jax.tree.map(
         lambda g, p: (g if divisor == 1 else g / divisor).astype(p.dtype), swept.collected, params
@@ -91,9 +91,7 @@ def _value_grad_outputs(
     return _value(swept.losses, weights), grads, swept.outputs
 
 
-def _weighting(
-    net: Node, params: PyTree, weights: Array | None, n: int
-) -> tuple[Collect, int, Any]:
+def weighting(net: Node, params: PyTree, weights: Array | None, n: int) -> tuple[Collect, int, Any]:
     """Where the weights enter: what collects, what divides its sums, what multiplies the delta."""
     if weights is None and _is_half(params):
         return total, n, None  # delta / n could underflow in float16: the sum is divided
@@ -121,7 +119,7 @@ def _fused_value_grad(
     """The same where the loss takes over the last linear map."""
     n = batch_size(x)
     check_weights(weights, n)
-    collect, divisor, output_weights = _weighting(net, params, weights, n)
+    collect, divisor, output_weights = weighting(net, params, weights, n)
     outputs = jax.eval_shape(lambda p, x: forward(net, p, x, key)[0], params, x)  # it may raise
     loss.check(outputs.shape, y)
     body, body_params, w, b, rejoin = net.behead(params)

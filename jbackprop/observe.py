@@ -33,7 +33,9 @@ jax.tree_util.register_dataclass(Seen, ["y"], ["path"])
 
 
 @dataclasses.dataclass(frozen=True)
-class _Wrapper(Layer):
+class Wrapper(Layer):
+    """A layer that does a little more than the one inside."""
+
     inner: Layer
 
     @property
@@ -56,7 +58,7 @@ class _Wrapper(Layer):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Observed(_Wrapper):
+class Observed(Wrapper):
     """A layer that saves its output, for the forward sweep only."""
 
     path: str
@@ -70,7 +72,7 @@ class Observed(_Wrapper):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Tapped(_Wrapper):
+class Tapped(Wrapper):
     """A layer with a parameter, the tap, added to its output. Params: (the layer's, tap).
 
     The gradient of one example's cost with respect to the tap is that example's delta. The tap must
@@ -127,19 +129,30 @@ def seen(
     return {leaf.path: leaf.y for leaf in leaves if isinstance(leaf, Seen)}
 
 
-def tapped(net: Node, params: PyTree, x: Any) -> tuple[Node, PyTree]:
+def tapped(
+    net: Node,
+    params: PyTree,
+    x: Any,
+    wrap: Callable[[Layer], Layer] = Tapped,
+    *,
+    all_layers: bool = True,
+) -> tuple[Node, PyTree]:
     """The network with a tap of zeros behind every layer, and its parameters.
 
-    Behind copies that are scanned the taps are stacked as their parameters are.
+    Behind copies that are scanned the taps are stacked as their parameters are. Not `all_layers`:
+    behind those with weights.
     """
     shapes = jax.eval_shape(functools.partial(_activations, net, key=None), params, x)
     stacks = stack_axes(net)
 
     def tap(path: str, layer: Layer, own: PyTree) -> tuple[Node, PyTree]:
+        if not (all_layers or jax.tree.leaves(own)):
+            return layer, own
+
         def zeros(y: Any) -> Any:
             shape = y.shape[: stacks[path]] + y.shape[stacks[path] + 1 :]
             return jnp.zeros(shape, y.dtype) if jnp.issubdtype(y.dtype, jnp.floating) else None
 
-        return Tapped(layer), (own, jax.tree.map(zeros, shapes[path]))
+        return wrap(layer), (own, jax.tree.map(zeros, shapes[path]))
 
     return rebuild(net, params, tap)

@@ -65,6 +65,8 @@ class Node(abc.ABC):
 
     Attributes:
         takes_transport: whether weights other than its own may carry its delta.
+        carries: whether its parameters of two or more axes are weights, from inputs to outputs,
+            and not something that is only added or looked up.
         reads: which of "x" and "y" backward reads in its trace; the others are not kept.
         draws: whether forward draws random numbers; only then do keys reach it.
         couples_examples: whether one example's output depends on the other examples.
@@ -73,6 +75,7 @@ class Node(abc.ABC):
     """
 
     takes_transport: ClassVar[bool] = True
+    carries: ClassVar[bool] = True
     reads: ClassVar[Any] = ()
     draws: ClassVar[Any] = False
     couples_examples: ClassVar[Any] = False
@@ -133,9 +136,11 @@ class Composite(Node):
 
     Attributes:
         chains: whether its layers are a chain: each is given what the one before gives.
+        ties: the names of children whose weights are used in another place too, and carry there.
     """
 
     chains: ClassVar[bool] = False
+    ties: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def forward(self, params: PyTree, x: Any, key: Array | None) -> tuple[Any, Any]:

@@ -4,6 +4,17 @@ EQUIVALENT: dict[str, list[str]] = {
     "z and a have one shape and dtype, and here both are there": [
         "Identity.slope: jnp.ones_like(a) -> jnp.ones_like(z)",
     ],
+    "x and y have the same number of examples": [
+        "Transported.sweep: batch_size(x) -> batch_size(y)",
+        "DirectFeedbackAlignment.sweep: batch_size(x) -> batch_size(y)",
+        "DifferenceTargetPropagation.sweep: batch_size(x) -> batch_size(y)",
+        "PredictiveCoding.sweep: batch_size(x) -> batch_size(y)",
+        "EquilibriumPropagation.sweep: batch_size(x) -> batch_size(y)",
+        "_truth: batch_size(x) -> batch_size(y)",
+        "ForwardForward.sweep: batch_size(x) -> batch_size(y)",
+        "ForwardForward.truth: batch_size(x) -> batch_size(y)",
+        "ForwardGradient._of_activities: batch_size(x) -> batch_size(y)",
+    ],
     "JAX does so by itself: it broadcasts indices, drops those out of range, and casts": [
         "_scattered: jnp.broadcast_to(jnp.arange(groups)[:, None], ids.shape)"
         " -> jnp.arange(groups)[:, None]",

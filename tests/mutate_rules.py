@@ -7,7 +7,8 @@ turned, operands swapped, f' taken of the wrong argument, a constant or an axis 
 a cast or a keyword left out. It is compiled and put in the place of the rule's code, in memory, and
 tests of `make test` run until one fails that passes without it. They run op by op (`disable_jit`):
 no trace of a rule outlives its mutant, and what XLA compiled for one mutant serves the next. (Those
-of curvature, with their many sweeps, run compiled, with nothing left of what was traced before.) A
+of curvature and credit, with their many sweeps, run compiled, with nothing left of what was traced
+before.) A
 mutant that no test notices is a survivor, and the exit status is 1. What computes the same is in
 `EQUIVALENT`, with the reason.
 """
@@ -77,6 +78,17 @@ RULES = {
     "curvature/traces.py": "_traces",
     "optim/kfac.py": "_given _minimising",
     "optim/damping.py": "*.adapted inner damped",
+    "credit/transported.py": "*.sweep *.feedback *.begin *.update *._mirror",
+    "credit/direct.py": "*.sweep *.error _Direct.* _project",
+    "credit/target.py": "*.sweep *.update *._inverses _Inverse.*",
+    "credit/predictive.py": "*.sweep share norm",
+    "credit/equilibrium.py": "*.sweep *._settle *._target _truth _halves",
+    "credit/forward_forward.py": "*.sweep *.outputs *.truth *._both *._with _signs _goodness"
+    " _normalised",
+    "credit/forward_gradient.py": "*.sweep *._of_* _Perturbed.* direction",
+    "credit/carriers.py": "carriers _first as_transport like_fresh",
+    "credit/chain.py": "units unit_forward unit_backward",
+    "credit/angles.py": "_measured angle _ratio _mean_* _by_layer _local",
 }
 """The rules of each file, as patterns of qualified names; a file has those of all that match it."""
 
@@ -110,6 +122,11 @@ KILLERS = {
         r"curvature.*dense.*\[(Dense\(6, 4\)|Embedding|LayerNorm\(5|Conv\(2, 4|Skip\(Sigmoid)",
         "curvature.*(converge|precision)",
     ],
+    "credit/": [
+        "credit.*(written|autodiff|true_weights|goes_to|energy|mirror|signs|magnitudes|shrinks)",
+        "credit.*(inverses|targets|average|derivative|several|convolutions|first_layer|copies|position)",
+        "credit_use.*(exact|above|dtype|agree)",
+    ],
     "optim/": ["optim.*(steps|minimises|levenberg|solves|corrected)"],
     "losses/fused.py": [
         "fused.*(whatever|net_inputs)", "fused.*(weight_0|ignored|infinite|share|ends_in|narrow|rare)",
@@ -139,7 +156,7 @@ NO_KILLERS = (
 )
 """The tests that never are."""
 
-COMPILED = ("curvature/", "optim/")
+COMPILED = ("curvature/", "optim/", "credit/")
 """Where mutants are traced and compiled."""
 
 LIMIT = 120
@@ -148,7 +165,7 @@ LIMIT = 120
 TURNED: dict[type, list[type]] = {
     ast.Gt: [ast.GtE, ast.Lt], ast.GtE: [ast.Gt, ast.LtE], ast.Lt: [ast.LtE, ast.Gt],
     ast.LtE: [ast.Lt, ast.GtE], ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot],
-    ast.IsNot: [ast.Is], ast.In: [ast.NotIn], ast.Add: [ast.Sub], ast.Sub: [ast.Add],
+    ast.IsNot: [ast.Is], ast.In: [ast.NotIn], ast.NotIn: [ast.In], ast.Add: [ast.Sub], ast.Sub: [ast.Add],
     ast.Div: [ast.Mult], ast.BitAnd: [ast.BitOr], ast.And: [ast.Or], ast.Or: [ast.And],
 }  # fmt: skip
 CONFUSED = {

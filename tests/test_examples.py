@@ -28,6 +28,7 @@ TESTED = {
     "symmetry",
     "inside_equinox",
     "mnist_cnn",
+    "new_credit_rule",
     "mislabelled_digits",
     "noise_scale",
     "private_flax",
@@ -204,6 +205,17 @@ def test_mnist_cnn() -> None:
     assert found["accuracy"] > 0.8
     assert list(found["before"]) == ["layers[0]", "layers[3]", "layers[7]", "layers[9]"]
     assert found["after"]["layers[9]"] < 0.6 * found["before"]["layers[9]"]
+
+
+def test_new_credit_rule(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rule.png"
+    found = example("new_credit_rule").main(epochs=3, examples=1000, picture=str(path))
+    angles = {rate: each["angles"][-1] for rate, each in found.items()}
+    assert angles["0"] > 40  # feedback alignment, and not backpropagation
+    assert angles["0"] > angles["0.001"] > angles["0.01"] > angles["1"]
+    assert angles["1"] < 5
+    assert all(each["accuracy"] > 0.8 for each in found.values())
+    assert is_png(path)
 
 
 def test_mislabelled_digits(tmp_path: Path) -> None:

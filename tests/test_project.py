@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jbackprop"
 ORDER = [
     ["factored"], ["sweep"], ["structure"], ["layers"], ["compose"], ["losses"], ["gradient"],
     ["objective", "observe", "table"], ["averages", "capture", "per_example"], ["check"], ["curvature"], ["diagnose", "metrics", "optim", "summary"],
-    ["train"], ["catalogue", "datasets", "bench"], ["demo"], ["cli"], ["__init__", "__main__"],
+    ["credit"], ["train"], ["catalogue", "datasets", "bench"], ["demo"], ["cli"], ["__init__", "__main__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 RANK["losses"] = RANK["layers"]  # neither may know the other
@@ -45,7 +45,7 @@ def test_imports_go_down_the_order_only(path):
 
 
 def test_quantities_and_the_checker_know_no_concrete_layer():
-    for folder in ("check", "per_example", "curvature", "optim"):
+    for folder in ("check", "per_example", "curvature", "optim", "credit"):
         for path in (PACKAGE / folder).rglob("*.py"):
             assert not {"layers", "compose"} & set(imported(path)), path
     for path in (PACKAGE / "factored").rglob("*.py"):

@@ -108,11 +108,16 @@ def _of_the_first(size: int, batched: Any, numbers: Array) -> tuple[Array, bool]
 
 
 class _Open(Checkpoint):
-    """A checkpoint that keeps all, for looking in."""
+    """A checkpoint that keeps all, and so does nothing again."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.layer.reads
 
     def forward(self, params: PyTree, x: Any, key: Array | None) -> tuple[Any, Any]:
         with inside("layer", self.layer):
             return forward(self.layer, params, x, key)
 
-    def backward(self, *_: Any) -> tuple[Any, PyTree]:
-        raise NotImplementedError("opened for the forward sweep only")
+    def backward(self, params: PyTree, *args: Any) -> tuple[Any, PyTree]:
+        with inside("layer", self.layer):
+            return backward(self.layer, params, *args)

@@ -73,6 +73,8 @@ class Tied(Composite):
     embedding: Layer
     body: Node
 
+    ties: ClassVar[tuple[str, ...]] = ("embedding",)
+
     def __post_init__(self) -> None:
         if not isinstance(self.embedding, Layer):
             hint = "; wrap the Tied" if isinstance(self.embedding, Composite) else ""

@@ -86,7 +86,7 @@ def check_model(
         raise ValueError("random numbers are needed: give key=jax.random.key(...)")
     if batch_size(x) == 0:
         raise ValueError("the batch is empty: the curvature of its mean cost is not defined")
-    z = jax.eval_shape(lambda params, x: outputs_of(net, params, x), params, x)
+    z = _outputs.eval_shape(net, params, x)
     if not (hasattr(z, "shape") and jnp.issubdtype(z.dtype, jnp.floating)):
         raise TypeError(f"net must give one floating-point array of outputs, not {z}")
     loss.check(z.shape, y)
@@ -112,6 +112,10 @@ def outputs_of(net: Model, params: PyTree, x: Any, key: Array | None = None) -> 
     if isinstance(net, Node):
         return forward(net, params, x, key)[0]
     return jax.vmap(net, in_axes=(None, 0))(params, x)
+
+
+_outputs = jax.jit(outputs_of, static_argnums=0)
+"""For its shapes, which are found once for each network and batch."""
 
 
 def two_keys(net: Model, key: Array | None) -> tuple[Array | None, Array | None]:
@@ -177,7 +181,7 @@ def _over_deltas(
         def some(at: Array) -> PyTree:
             return _of_network(net, params, trace, _there(columns, at, number), ask, aux)
     else:
-        z = jax.eval_shape(lambda params, x: outputs_of(net, params, x), params, x)
+        z = _outputs.eval_shape(net, params, x)
         program = traced(net, False, params, (x,), outputs=True)
 
         def some(at: Array) -> PyTree:
@@ -223,7 +227,7 @@ def portions_of(
         chunk: at most so many deltas, where one wants that.
         of_each: whether something of each example is asked.
     """
-    z = jax.eval_shape(lambda params, x: outputs_of(net, params, x), params, x)
+    z = _outputs.eval_shape(net, params, x)
     number, n = roots.number(loss, z, y), batch_size(x)
     if number == 1:
         return Portions(n, 1, 1)

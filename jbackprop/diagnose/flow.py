@@ -49,12 +49,11 @@ def delta_norms(bp: Backprop) -> DeltaFlow:
     """
     found = {path: _norm(delta) for path, delta in deltas(bp).items()}
     norms = {path: float(jnp.mean(norm)) for path, norm in found.items() if norm is not None}
-    names = (shown for shown, _, _ in copies(bp.net))
-    places = dict(zip(names, _places(bp.net), strict=True))
+    places = places_of(bp.net)
     paths = list(norms)
     ratios = {}
     for i, path in enumerate(paths):
-        ahead = (p for p in paths[i + 1 :] if not _beside(places[path], places[p]))
+        ahead = (p for p in paths[i + 1 :] if not beside(places[path], places[p]))
         following = next(ahead, None)
         if following is not None:
             ratio = norms[path] / norms[following] if norms[following] else float("nan")
@@ -62,11 +61,11 @@ def delta_norms(bp: Backprop) -> DeltaFlow:
     return DeltaFlow(norms, ratios)
 
 
-_Place = tuple[tuple[str, bool], ...]
+Place = tuple[tuple[str, bool], ...]
 """The steps from the whole network to a layer: (name, whether its siblings are beside it)."""
 
 
-def _places(node: Node, place: _Place = ()) -> Iterator[_Place]:
+def _places(node: Node, place: Place = ()) -> Iterator[Place]:
     """The place of every copy of every layer, in the order of `copies`."""
     if not isinstance(node, Composite):
         yield place
@@ -77,7 +76,12 @@ def _places(node: Node, place: _Place = ()) -> Iterator[_Place]:
             yield from _places(child, (*place, (f"{name}[{i}]", beside)))
 
 
-def _beside(one: _Place, other: _Place) -> bool:
+def places_of(net: Node) -> dict[str, Place]:
+    """By path, the place of every copy of every layer."""
+    return dict(zip((shown for shown, _, _ in copies(net)), _places(net), strict=True))
+
+
+def beside(one: Place, other: Place) -> bool:
     """Whether the ways to two layers part in different branches of one composite."""
     steps = zip(one, other, strict=False)
     return next((a[1] for a, b in steps if a != b), False)

@@ -61,6 +61,7 @@ class Embedding(Layer):
     width: int
     w_init: Init = unit_rows
 
+    carries: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ("x",)
 
     def __post_init__(self) -> None:
@@ -133,6 +134,8 @@ class Positions(Layer):
     length: int
     width: int
     w_init: Init = unit_rows
+
+    carries: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_sizes(self, "length", "width")

@@ -9,13 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbackprop.credit import Rule, State
 from jbackprop.factored import PyTree
 from jbackprop.losses import Loss
 from jbackprop.sweep import Node, batch_size, forward
 
 
-def check_data(name: str, net: Node, loss: Loss, params: PyTree, data: Any) -> tuple[Any, Any]:
-    """Data as arrays in the dtype of the parameters, or an error that says what does not fit."""
+def check_data(
+    name: str, net: Node, loss: Loss, params: PyTree, data: Any, rule: Rule | State | None = None
+) -> tuple[Any, Any]:
+    """Data as arrays in the dtype of the parameters, or an error that says what does not fit.
+
+    A rule that is to learn from it, or has learned and gives the outputs, says that itself.
+    """
     if not isinstance(data, tuple | list) or len(data) != 2:
         raise TypeError(f"{name} must be a pair (x, y) of arrays, not {type(data).__name__}")
     leaves = jax.tree.leaves(params)
@@ -34,8 +40,13 @@ def check_data(name: str, net: Node, loss: Loss, params: PyTree, data: Any) -> t
         for leaf in jax.tree.leaves(tree):
             _check_finite(name, part, leaf)
     x = jax.tree.map(lambda leaf: _to(name, leaf, dtype), x)
-    outputs = jax.eval_shape(lambda p, x: forward(net, p, x)[0], params, x)
-    loss.check(outputs.shape, y)
+    if isinstance(rule, Rule):
+        rule.check(net, loss, params, x, y)
+    elif rule is not None:
+        loss.check(jax.eval_shape(rule.rule.outputs, rule, params, x).shape, y)
+    else:
+        outputs = jax.eval_shape(lambda p, x: forward(net, p, x)[0], params, x)
+        loss.check(outputs.shape, y)
     return x, y
 
 

@@ -11,7 +11,9 @@ import jax
 import optax
 from jax import Array
 
-from jbackprop.averages import State, check_folds
+from jbackprop.averages import State as Averages
+from jbackprop.averages import check_folds
+from jbackprop.credit import Rule, State
 from jbackprop.factored import PyTree
 from jbackprop.losses import Loss
 from jbackprop.sweep import Node
@@ -20,6 +22,7 @@ from jbackprop.train.checks import check_batch_size, check_data
 from jbackprop.train.evaluation import Metric, evaluate
 from jbackprop.train.private import Private, PrivateRun
 from jbackprop.train.progress import Progress
+from jbackprop.train.ruled import RuledRun
 from jbackprop.train.run import Run, Task
 
 
@@ -64,12 +67,14 @@ class Epoch:
         params: the parameters by now.
         opt_state: the optimizer's state.
         history: all values so far, the last of each list those of this epoch.
+        rule_state: the state of the rule that assigns credit, where one was given.
     """
 
     number: int
     params: PyTree
     opt_state: PyTree
     history: Mapping[str, list[float]]
+    rule_state: State | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +93,7 @@ class Fit:
             data, in mini-batches as in training. `fold_batch_norm(net, params, averages)` is the
             network to predict and evaluate with. {} where there is no batch norm.
         privacy: (epsilon, delta) and what they follow from, with `private`; else None.
+        rule_state: the last state of the `rule`; else None.
     """
 
     params: PyTree
@@ -95,8 +101,9 @@ class Fit:
     history: dict[str, list[float]]
     stopped: str
     best_epoch: int | None
-    averages: State = dataclasses.field(default_factory=dict)
+    averages: Averages = dataclasses.field(default_factory=dict)
     privacy: Privacy | None = None
+    rule_state: State | None = None
 
 
 def fit(
@@ -114,6 +121,7 @@ def fit(
     callbacks: Iterable[Callable[[Epoch], Any]] = (),
     early_stopping: EarlyStopping | None = None,
     private: Private | None = None,
+    rule: Rule | None = None,
     progress: bool | None = None,
 ) -> Fit:
     """Train a network by the delta rule.
@@ -143,6 +151,11 @@ def fit(
             mini-batch. What was given away is in the `privacy` of the result, which needs
             `pip install 'jbackprop[private]'`; history and callbacks are not private. Optimizers
             that search along a line are refused the cost, which is not either.
+        rule: to assign credit in another way than by backpropagation, see `jbackprop.credit`: what
+            it has for the gradient goes to the optimizer, and "loss" in the history is what it
+            reduces, beside what else it tells of itself. Validation is of the outputs as the rule
+            has them. Its state is in the result and in what callbacks see. Optimizers that search
+            along a line, or ask for the curvature, are refused: the direction is none of theirs.
         progress: whether to show progress on stderr; None: a bar for a terminal or a notebook,
             lines for a log file.
 
@@ -154,8 +167,10 @@ def fit(
             that began, and carries the parameters before it.
         ValueError, TypeError: data, parameters or options that do not fit; before the first step.
     """
-    x, y = check_data("data", net, loss, params, data)
-    held_out = validation and check_data("validation", net, loss, params, validation)
+    if rule is not None and not isinstance(rule, Rule):
+        raise TypeError(f"rule must be a rule of jbackprop.credit, not {rule!r}")
+    x, y = check_data("data", net, loss, params, data, rule)
+    held_out = validation and check_data("validation", net, loss, params, validation, rule)
     n = len(jax.tree.leaves(y)[0])
     size = check_batch_size(batch_size, n)
     if not hasattr(epochs, "__index__") or isinstance(epochs, bool) or epochs < 1:
@@ -180,8 +195,14 @@ def fit(
         )
     if held_out:
         check_folds(net)
-    task = Task(net, loss, optimizer, names)
-    if private is None:
+    task = Task(net, loss, optimizer, names, rule)
+    if rule is not None and private is not None:
+        raise ValueError(
+            "private training clips the gradients of backpropagation: give private or rule"
+        )
+    if rule is not None:
+        run: Run = RuledRun(task, params, x, y, size, key)
+    elif private is None:
         run = Run(task, params, x, y, size, key)
     else:
         if early_stopping and not early_stopping.monitor.startswith("validation_"):
@@ -200,13 +221,17 @@ def fit(
             values = run.epoch(number, history)
             if held_out:
                 fixed, own = run.folded()
-                found = evaluate(fixed, loss, own, held_out, dict(names))
+                found = evaluate(
+                    fixed, loss, own, held_out, dict(names),
+                    rule_state=run.states()[1],
+                )  # fmt: skip
                 values |= {f"validation_{name}": value for name, value in found.items()}
             keeper.look(number, values, run.params)
             for name, value in values.items():
                 history.setdefault(name, []).append(value)
             bar.epoch(number, values)
-            seen = Epoch(number, run.params, run.opt_state, history)
+            opt_state, rule_state = run.states()
+            seen = Epoch(number, run.params, opt_state, history, rule_state)
             if any([bool(callback(seen)) for callback in hooks]):  # noqa: C419, call every one
                 stopped = "callback"
                 break
@@ -220,7 +245,8 @@ def fit(
         bar.close()
     best = keeper.params if early_stopping and keeper.epoch else run.params
     averages = run.averages(best)
-    return Fit(best, run.opt_state, history, stopped, keeper.epoch, averages, run.privacy())
+    opt_state, rule_state = run.states()
+    return Fit(best, opt_state, history, stopped, keeper.epoch, averages, run.privacy(), rule_state)
 
 
 class _Keeper:

@@ -27,7 +27,7 @@ from jbackprop.per_example.source import Deferred, check_microbatch
 from jbackprop.structure import trainable_mask
 from jbackprop.train.accounting import Privacy, epsilon_of, noise_multiplier
 from jbackprop.train.evaluation import measure
-from jbackprop.train.run import Run, Task, take
+from jbackprop.train.run import Run, Task, plain_updates, take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,16 +164,9 @@ def _step(
         multiplier * sensitivity_of(max_norm), size, params,
     )  # fmt: skip
     # Neither the value nor a way to ask for it: they are of the data.
-    try:
-        updates, opt_state = optax.with_extra_args_support(task.optimizer).update(
-            grads, opt_state, params
-        )
-    except TypeError as error:
-        if "keyword-only" not in str(error):
-            raise
-        raise TypeError(
-            f"the optimizer asks for the cost, which is of the private data: {error}"
-        ) from error
+    updates, opt_state = plain_updates(
+        task, grads, opt_state, params, "which is of the private data"
+    )
     values = {"loss": found.losses} | dict(measure(task.metrics, found.outputs, y))
     count = jnp.maximum(jnp.sum(weights), 1)
     means = {

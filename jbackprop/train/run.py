@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from jbackprop import credit
 from jbackprop.averages import State, fold_batch_norm, mean_averages
 from jbackprop.diagnose.nonfinite import first_nonfinite
 from jbackprop.factored import PyTree
@@ -49,13 +50,14 @@ class NonFiniteError(FloatingPointError):
 class Task:
     """What is fixed while training, and hashable: the static part of a step.
 
-    The last two are of private training.
+    `rule` assigns the credit where it is not backpropagation; the last two are of private training.
     """
 
     net: Node
     loss: Loss
     optimizer: optax.GradientTransformation
     metrics: tuple[tuple[str, Metric], ...]
+    rule: credit.Rule | None = None
     scheme: Scheme | None = None
     microbatch: int | None = None
 
@@ -73,7 +75,7 @@ class Run:
         self._n = len(jax.tree.leaves(y)[0])
         self._step = 0
         self.params = jax.tree.map(jnp.asarray, params)
-        self.opt_state = task.optimizer.init(self.params)
+        self.opt_state = self._begin()
         self._sound = (self.params, self.opt_state)
 
     def epoch(self, number: int, history: Any) -> dict[str, float]:
@@ -90,7 +92,18 @@ class Run:
                 self._look(waiting, before, sums, history)
                 waiting, before = [], (self.params, self.opt_state, self._step)
         self._look(waiting, before, sums, history)
-        return {name: sums[name] / max(self._seen, 1) for name in ("loss", *self._task.names)}
+        first = ("loss", *self._task.names)
+        return {
+            name: sums[name] / max(self._seen, 1)
+            for name in (*first, *(other for other in sums if other not in first))
+        }
+
+    def _begin(self) -> PyTree:
+        return self._task.optimizer.init(self.params)
+
+    def states(self) -> tuple[PyTree, credit.State | None]:
+        """The optimizer's state, and the rule's."""
+        return self.opt_state, None
 
     def privacy(self) -> Privacy | None:
         """What was given away."""
@@ -154,17 +167,17 @@ class Run:
         params, opt_state, self._step = before
         for batch, _ in waiting:
             key = self._draw()
-            new, opt_state, means = self._advance(params, opt_state, batch)
+            new, after, means = self._advance(params, opt_state, batch)
             self._step += 1
             loss = float(means["loss"])
             if math.isfinite(loss) and _all_finite(new):
-                params = new
+                params, opt_state = new, after
                 continue
             x, y = take(self._x, batch), take(self._y, batch)
             place = first_nonfinite(self._task.net, self._task.loss, params, x, y, key)
             if place is None and not math.isfinite(loss):
                 place = f"the mean of the costs ({self._task.loss}), which overflows"
-            place = place or "the optimizer's update: the gradient is finite"
+            place = place or self._beyond(params, opt_state, x, y, key)
             what = (
                 f"the loss became {loss}" if not math.isfinite(loss) else "the update is not finite"
             )
@@ -176,6 +189,10 @@ class Run:
                 params,
                 history,
             )
+
+    def _beyond(self, params: PyTree, opt_state: PyTree, x: Any, y: Any, key: Any) -> str:
+        """Where it began, if not in the network."""
+        return "the optimizer's update: the gradient is finite"
 
 
 def _all_finite(tree: PyTree) -> bool:
@@ -214,3 +231,17 @@ def _step(
     )  # fmt: skip
     means = {"loss": value} | {k: jnp.mean(v) for k, v in measure(task.metrics, outputs, y)}
     return optax.apply_updates(params, updates), opt_state, means
+
+
+def plain_updates(
+    task: Task, grads: PyTree, opt_state: PyTree, params: PyTree, why: str, **extra: Any
+) -> tuple[PyTree, PyTree]:
+    """What an optimizer makes of a gradient that asks for no cost; one that does is refused."""
+    try:
+        return optax.with_extra_args_support(task.optimizer).update(
+            grads, opt_state, params, **extra
+        )
+    except TypeError as error:
+        if "keyword-only" not in str(error):
+            raise
+        raise TypeError(f"the optimizer asks for the cost, {why}: {error}") from error

@@ -1,0 +1,293 @@
+"""Equilibrium propagation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jbackprop.credit.chain import (
+    Unit,
+    activates,
+    check_chain,
+    join_units,
+    split_units,
+    unit_backward,
+    unit_forward,
+    units,
+    weighted,
+)
+from jbackprop.credit.predictive import norm, nothing, share
+from jbackprop.credit.rule import (
+    Info,
+    Rule,
+    State,
+    check_count,
+    check_positive,
+    keep,
+    taken_apart,
+    widened,
+)
+from jbackprop.factored import PyTree
+from jbackprop.sweep import Node, batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class EquilibriumPropagation(Rule):
+    """The network settles, free and nudged to the target; the difference is the gradient.
+
+    The units of the network are joined in both directions, by the same weights: each is a layer
+    A_l, usually linear, A_l(s) = s W^l + b^l, and an activation sigma_l, and with s^0 = x
+
+        Phi = sum_l <s^l, A_l(s^{l-1})>
+        s^l <- (1 - rate) s^l + rate sigma_l(dPhi/ds^l - beta dC/ds^l)
+        dPhi/ds^l = A_l(s^{l-1}) + s^{l+1} (W^{l+1})^T
+
+    (for another A_{l+1} its derivative is in the place of W^{l+1}),
+    where only the output units have a cost C(s^L), and none above them. Free, beta = 0; from there
+    nudged, with beta = nudge, and beta = -nudge. Then, for one example,
+
+        dC/dW^l ~ -(dPhi/dW^l (s_beta) - dPhi/dW^l (s_-beta)) / (2 beta)
+
+    and dPhi/dW^l is the layer's own pair of s^{l-1} and s^l. With `symmetric=False` it is the free
+    state in place of s_-beta, and the divisor beta. As beta goes to 0 this becomes the gradient of
+    the cost of the *free equilibrium*, C(s*), with an error of beta^2 (of beta, if not symmetric):
+    that is the `truth` here, found from the linear equations of the equilibrium (Almeida, 1987;
+    Pineda, 1987). `outputs` are s^L of the free equilibrium, not those of the forward sweep.
+
+    Source: Scellier and Bengio, Equilibrium propagation: bridging the gap between energy-based
+    models and backpropagation (2017); Laborieux, Ernoult, Scellier, Bengio, Grollier and Querlioz,
+    Scaling equilibrium propagation to deep convnets by drastically reducing its gradient estimator
+    bias (2021), for Phi and symmetric nudging.
+
+    Initialisation: s is 0 before the free phase. Nothing is learned but the weights.
+
+    Assumes: symmetric weights; a chain of units, whose activations do not decrease, so that there
+    is an energy; and that it settles, which is not given: look at the residuals. Bounded
+    activations (`HardTanh`, `Sigmoid`, `Tanh`), at the output too, settle most surely.
+
+    Attributes:
+        nudge: beta, above 0.
+        steps: at most so many, in the free phase.
+        nudged_steps: at most so many, in each nudged phase.
+        rate: how far each step goes, above 0 and at most 1.
+        tolerance: stop when a step would change s by at most this part of it.
+        symmetric: whether to nudge in both directions.
+
+    `Info.extra` has "steps" and "residual" of the free phase, and the residuals of the nudged ones.
+
+    Raises:
+        ValueError: settings out of range; layers that no such energy has, by name.
+    """
+
+    nudge: float = 0.1
+    steps: int = 300
+    nudged_steps: int = 100
+    rate: float = 0.5
+    tolerance: float = 1e-5
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        check_positive(self, "nudge", "rate")
+        check_count(self, "steps", 1)
+        check_count(self, "nudged_steps", 1)
+        if self.rate > 1 or not self.tolerance >= 0:
+            raise ValueError(
+                "EquilibriumPropagation: rate must be at most 1 and tolerance not negative, not "
+                f"{self.rate} and {self.tolerance}"
+            )
+
+    def begin(self, key: Array, net: Node, params: PyTree, x: Any) -> PyTree:
+        name = type(self).__name__
+        check_chain(net, name)
+        for unit in units(net):
+            linear, rest = _halves(unit)
+            for link in linear:
+                if activates(link):
+                    raise ValueError(
+                        f"{name} is not defined for {link.path}, {link.node}: an activation before "
+                        "the first weights; apply it to the inputs instead"
+                    )
+            for link in rest:
+                _check_activation(name, link.path, link.node)
+        if net.draws:
+            raise ValueError(f"{name} is not defined for layers that draw, such as dropout")
+        return None
+
+    def sweep(
+        self, state: State, params: PyTree, x: Any, y: Any, key: Array | None
+    ) -> tuple[PyTree, Info]:
+        net, loss, n = state.net, state.loss, batch_size(x)
+        params, x = widened((params, x))
+        chain, own = units(net), split_units(net, params)
+
+        def phase(start: list[Array], beta: float, most: int) -> tuple[list[Array], Any, Any]:
+            return self._settle(state, params, x, y, start, beta, most)
+
+        free, steps, residual = phase(self._zeros(net, params, x), 0.0, self.steps)
+        up, _, residual_up = phase(free, self.nudge, self.nudged_steps)
+        down, residual_down, width = free, jnp.zeros_like(residual), self.nudge
+        if self.symmetric:
+            down, _, residual_down = phase(free, -self.nudge, self.nudged_steps)
+            width = 2 * self.nudge
+
+        def pairs(s: list[Array]) -> list[Any]:
+            """-dPhi/dW of every unit, with the deltas that they are made of."""
+            found = []
+            for unit, params_of, before, here in zip(chain, own, [x, *s], s, strict=False):
+                linear, rest = _halves(unit)
+                _, traces = unit_forward(linear, params_of[: len(linear)], before)
+                kept = unit_backward(linear, params_of[: len(linear)], traces, -here, keep)[1]
+                found.append((*kept, *[()] * len(rest)))
+            return found
+
+        kept = jax.tree.map(lambda a, b: (a - b) / width, pairs(up), pairs(down))
+        grads, deltas = taken_apart(net, join_units(net, kept))
+        losses = loss.value(free[-1], y)
+        extra = {
+            "steps": steps,
+            "residual": residual,
+            "residual_up": residual_up,
+            "residual_down": residual_down,
+        }
+        grads = jax.tree.map(lambda g: g / n, grads)
+        return grads, Info(jnp.mean(losses), free[-1], deltas, extra)
+
+    def outputs(self, state: State, params: PyTree, x: Any) -> Any:
+        return _free(self, state, params, x)[-1]
+
+    def truth(
+        self, state: State, params: PyTree, x: Any, y: Any, key: Array | None = None
+    ) -> PyTree:
+        """The gradient of the mean cost of the free equilibrium.
+
+        At s = T(s, W) the cost has the gradient (dT/dW)^T u, where u = dC/ds + (dT/ds)^T u.
+        """
+        return _truth(self, state, params, x, y)
+
+    def true_deltas(
+        self, state: State, params: PyTree, x: Any, y: Any, key: Array | None = None
+    ) -> dict[str, Any]:
+        return {}
+
+    def _zeros(self, net: Node, params: PyTree, x: Any) -> list[Array]:
+        shapes = jax.eval_shape(functools.partial(_activities, net), params, x)
+        return [jnp.zeros(s.shape, s.dtype) for s in shapes]
+
+    def _settle(
+        self,
+        state: State,
+        params: PyTree,
+        x: Any,
+        y: Any,
+        start: list[Array],
+        beta: float,
+        most: int,
+    ) -> tuple[list[Array], Array, Array]:
+        """Where s settles; how many steps that took, and how far the next one would go."""
+
+        def far(s: list[Array]) -> tuple[list[Array], Array]:
+            target = self._target(state, params, x, y, s, beta)
+            way = [t - v for t, v in zip(target, s, strict=True)]
+            return way, share(norm(way), norm(target))
+
+        def more(carry: Any) -> Array:
+            return (carry[1] < most) & ~(carry[3] <= self.tolerance)
+
+        def step(carry: Any) -> Any:
+            s, i, way, _ = carry
+            s = [v + self.rate * w for v, w in zip(s, way, strict=True)]
+            return s, i + 1, *far(s)
+
+        s, taken, _, residual = lax.while_loop(more, step, (start, jnp.asarray(0), *far(start)))
+        return s, taken, residual
+
+    def _target(
+        self, state: State, params: PyTree, x: Any, y: Any, s: list[Array], beta: float
+    ) -> list[Array]:
+        """sigma_l(dPhi/ds^l - beta dC/ds^l) of every unit."""
+        chain, own = units(state.net), split_units(state.net, params)
+        above: list[Any] = []
+        inputs: list[Array] = []
+        for unit, params_of, before, here in zip(chain, own, [x, *s], s, strict=False):
+            linear, _ = _halves(unit)
+            z, traces = unit_forward(linear, params_of[: len(linear)], before)
+            inputs.append(z)
+            parts = linear, params_of[: len(linear)], traces, here
+            above.append(unit_backward(*parts, nothing)[0])
+        found = []
+        for i, (unit, params_of) in enumerate(zip(chain, own, strict=True)):
+            linear, rest = _halves(unit)
+            z = inputs[i]
+            if i + 1 < len(chain):
+                z = z + above[i + 1]
+            elif beta:
+                z = z - beta * state.loss.delta(s[-1], y)
+            found.append(unit_forward(rest, params_of[len(linear) :], z)[0])
+        return found
+
+
+def _halves(unit: Unit) -> tuple[Unit, Unit]:
+    """The linear part of a unit, and its activations."""
+    start = weighted(unit)
+    at = next((i for i in range(start, len(unit)) if activates(unit[i])), len(unit))
+    return unit[:at], unit[at:]
+
+
+def _check_activation(rule: str, path: str, node: Any) -> None:
+    if not hasattr(node, "activate"):
+        raise ValueError(
+            f"{rule} is not defined for {path}, {node}: behind the activation of a unit there is "
+            "no place for it; put it before the activation, or leave it out"
+        )
+    with jax.ensure_compile_time_eval():
+        heights = np.asarray(node.activate(jnp.linspace(-8, 8, 161)))
+    if np.any(np.diff(heights) < -1e-6):
+        raise ValueError(
+            f"{rule} is not defined for {path}, {node}: the activation decreases somewhere, so "
+            "that no energy has it; use HardTanh, Sigmoid, Tanh or Relu"
+        )
+
+
+def _activities(net: Node, params: PyTree, x: Any) -> list[Array]:
+    found: list[Array] = []
+    for unit, own in zip(units(net), split_units(net, params), strict=True):
+        found.append(unit_forward(unit, own, found[-1] if found else x)[0])
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _free(rule: EquilibriumPropagation, state: State, params: PyTree, x: Any) -> list[Array]:
+    params, x = widened((params, x))
+    start = rule._zeros(state.net, params, x)
+    return rule._settle(state, params, x, None, start, 0.0, rule.steps)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _truth(rule: EquilibriumPropagation, state: State, params: PyTree, x: Any, y: Any) -> PyTree:
+    n, dtypes = batch_size(x), jax.tree.map(lambda w: w.dtype, params)
+    params, x = widened((params, x))
+    s = _free(rule, state, params, x)
+    cost = jax.vjp(lambda s: rule._target(state, params, x, y, s, 0.0), s)[1]
+    outer = [*(jnp.zeros_like(v) for v in s[:-1]), state.loss.delta(s[-1], y)]
+
+    def more(carry: Any) -> Array:
+        return (carry[1] < 4 * rule.steps) & ~(carry[2] <= rule.tolerance)
+
+    def step(carry: Any) -> Any:
+        u, i, _ = carry
+        new = [a + b for a, b in zip(outer, cost(u)[0], strict=True)]
+        way = [rule.rate * (a - b) for a, b in zip(new, u, strict=True)]
+        u = [a + b for a, b in zip(u, way, strict=True)]
+        return u, i + 1, share(norm(way), norm(u))
+
+    u, _, _ = lax.while_loop(
+        more, step, (outer, jnp.asarray(0), jnp.asarray(jnp.inf, norm(outer).dtype))
+    )
+    found = jax.vjp(lambda params: rule._target(state, params, x, y, s, 0.0), params)[1](u)[0]
+    return jax.tree.map(lambda g, dtype: (g / n).astype(dtype), found, dtypes)

@@ -1,0 +1,344 @@
+"""Rules in which other weights than its own carry the delta through a layer.
+
+The delta rule carries delta^{l+1} back through the transpose of W^{l+1}. Here a matrix B^{l+1} of
+the same shape does,
+
+    delta^l = (delta^{l+1} (B^{l+1})^T) * f'(z^l)          dC/dW^l ~ a^{l-1} (outer) delta^l
+
+and the rules differ in what B is and how it learns. For kernels of convolutions, and whatever else
+has weights that carry, B stands in for W in the same way; norms, gains, skip connections, pooling
+and activations pass deltas as ever. The delta of the last layer, and so the gradient of its
+weights, is that of backpropagation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jbackprop.credit.carriers import (
+    as_transport,
+    carriers,
+    check_single,
+    check_untied,
+    inputs_of,
+    like_fresh,
+    map_feedback,
+)
+from jbackprop.credit.rule import Info, Rule, State, check_count, keep, taken_apart
+from jbackprop.factored import PyTree
+from jbackprop.gradient import sweep
+from jbackprop.objective import weighting
+from jbackprop.structure import rebuild, stack_axes, trainable_mask, walk
+from jbackprop.sweep import Layer, Node, backward, batch_size, forward, total
+
+
+@dataclasses.dataclass(frozen=True)
+class Transported(Rule):
+    """A rule whose deltas other weights carry: those that are learned, unless `feedback` is given.
+
+    For a rule of one's own: subclass it and give what differs. As it is, `begin` draws feedback
+    weights, `feedback` are these, and `update` leaves them as they are.
+    """
+
+    def begin(self, key: Array, net: Node, params: PyTree, x: Any) -> PyTree:
+        return self.like_fresh(key, net, params)
+
+    def feedback(self, state: State, params: PyTree) -> PyTree:
+        return state.learned
+
+    def sweep(
+        self, state: State, params: PyTree, x: Any, y: Any, key: Array | None
+    ) -> tuple[PyTree, Info]:
+        net, n = state.net, batch_size(x)
+        _, divisor, scale = weighting(net, params, None, n)
+        swept = sweep(
+            net, state.loss, params, x, y, keep,
+            transport=self.transport(state, params), key=key, output_weights=scale,
+        )  # fmt: skip
+        grads, deltas = taken_apart(net, swept.collected)
+        if divisor != 1:
+            grads = jax.tree.map(lambda g: g / divisor, grads)
+        if scale is not None:
+            deltas = jax.tree.map(lambda d: d * n, deltas)
+        return grads, Info(jnp.mean(swept.losses), swept.outputs, deltas)
+
+    def transport(self, state: State, params: PyTree) -> PyTree:
+        """What `jbackprop.backprop(..., transport=...)` takes."""
+        feedback = self.feedback(state, params)
+        return None if feedback is None else as_transport(state.net, params, feedback)
+
+    def carriers(self, net: Node, params: PyTree) -> PyTree:
+        """The weights that feedback stands in for; None in the place of all other parameters."""
+        return carriers(net, params, type(self).__name__)
+
+    def like_fresh(self, key: Array, net: Node, params: PyTree) -> PyTree:
+        """Feedback weights, each drawn as the layer's initialiser draws W."""
+        return like_fresh(net, key, self.carriers(net, params), type(self).__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backpropagation(Transported):
+    """The delta rule itself, as a rule among the others: B = W.
+
+    Source: Rumelhart, Hinton and Williams, Learning representations by back-propagating errors
+    (1986).
+
+    Initialisation: nothing to begin with. Assumes: weights W on the way back.
+    """
+
+    def begin(self, key: Array, net: Node, params: PyTree, x: Any) -> PyTree:
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedbackAlignment(Transported):
+    """Fixed random weights carry the delta:
+
+        delta^l = (delta^{l+1} (B^{l+1})^T) * f'(z^l),         B constant
+
+    W learns to agree with B, so that the deltas come to lie within 90 degrees of the true ones.
+
+    Source: Lillicrap, Cownden, Tweed and Akerman, Random synaptic feedback weights support error
+    backpropagation for deep learning (2016).
+
+    Initialisation: B as the layer's initialiser draws W, independently of it (for `Dense` that of
+    Glorot and Bengio), so that deltas have the size that they have in backpropagation.
+
+    Assumes: nothing of the layers but that weights carry their deltas.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class SignSymmetry(Transported):
+    """Weights with the signs of W, and magnitudes of their own, carry the delta:
+
+        delta^l = (delta^{l+1} (B^{l+1})^T) * f'(z^l),         B = M * sign(W)
+
+    with sign(0) = 0 and, by `magnitudes`,
+
+        "uniform"  M = c, one number for each layer
+        "batch"    M drawn anew for every step
+        "fixed"    M drawn once
+
+    Source: Liao, Leibo and Poggio, How important is weight symmetry in backpropagation? (2016):
+    uSF, brSF and frSF.
+
+    Initialisation: fixed M are the absolute values of weights drawn as the layer's initialiser
+    draws W; c is the root of their mean square; for each batch M is uniform on (0, sqrt(3) c), of
+    that mean square too (on sixteen values, evenly spaced).
+
+    Assumes: that signs are transported, though magnitudes are not.
+
+    Attributes:
+        magnitudes: "uniform", "batch" or "fixed".
+
+    Raises:
+        ValueError: other magnitudes.
+    """
+
+    magnitudes: str = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.magnitudes not in ("uniform", "batch", "fixed"):
+            raise ValueError(
+                "SignSymmetry: magnitudes must be 'uniform', 'batch' or 'fixed', not "
+                f"{self.magnitudes!r}"
+            )
+
+    def begin(self, key: Array, net: Node, params: PyTree, x: Any) -> PyTree:
+        drawn = map_feedback(jnp.abs, self.like_fresh(key, net, params))
+        if self.magnitudes == "fixed":
+            return drawn
+        axes = stack_axes(net)
+
+        def size(path: str, layer: Layer, own: PyTree) -> tuple[Node, PyTree]:
+            def root(m: Array) -> Array:
+                each = tuple(range(axes[path], m.ndim))
+                return jnp.sqrt(jnp.mean(jnp.square(m), axis=each, keepdims=True))
+
+            return layer, map_feedback(root, own)
+
+        return rebuild(net, drawn, size)[1]
+
+    def feedback(self, state: State, params: PyTree) -> PyTree:
+        leaves = jax.tree.leaves(state.learned)
+        keys = iter(jax.random.split(state.drawn, max(len(leaves), 1)))
+
+        def signed(m: Array, w: Array) -> Array:
+            if self.magnitudes == "batch":
+                m = m * 3**0.5 * _sixteenths(next(keys), w.shape, w.dtype)
+            return m * jnp.sign(w)
+
+        return map_feedback(signed, state.learned, params)
+
+
+def _sixteenths(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """1/32, 3/32, ..., 31/32, equally likely: eight to a number drawn, an eighth of the cost."""
+    *rows, n = shape
+    drawn = jax.random.bits(key, (*rows, -(-n // 8), 1), jnp.uint32)
+    bits = drawn >> jnp.arange(0, 32, 4, dtype=jnp.uint32).reshape(*[1] * len(shape), 8) & 15
+    return (bits.reshape(*rows, -1)[..., :n].astype(dtype) + 0.5) / 16
+
+
+@dataclasses.dataclass(frozen=True)
+class KolenPollack(Transported):
+    """Feedback weights learn by the same changes as the weights do, and both decay:
+
+        delta^l = (delta^{l+1} (B^{l+1})^T) * f'(z^l)
+        W <- W + u - decay W,        B <- B + u - decay B,        u the optimizer's update of W
+
+    so that W - B shrinks by 1 - decay in every step, whatever u is: after t steps it is
+    (1 - decay)^t of what it was, and the deltas are those of backpropagation.
+
+    Source: Kolen and Pollack, Backpropagation without weight transport (1994); Akrout, Wilson,
+    Humphreys, Lillicrap and Tweed, Deep learning without weight transport (2019), section 4.
+
+    Initialisation: B as the layer's initialiser draws W, independently of it.
+
+    Assumes: that both synapses can see the same product a (outer) delta. The decay is one of this
+    rule's own, of the weights that have feedback and in every step; it is not scaled by a learning
+    rate, and comes on top of any decay of the optimizer's. Frozen weights, and the feedback beside
+    them, do not decay.
+
+    Attributes:
+        decay: of weights and feedback weights, from 0 to 1; at 0 they never meet.
+
+    Raises:
+        ValueError: a decay out of range, or too small for the dtype of the parameters.
+    """
+
+    decay: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(
+                f"KolenPollack: decay must be at least 0 and below 1, not {self.decay}"
+            )
+
+    def begin(self, key: Array, net: Node, params: PyTree, x: Any) -> PyTree:
+        for w in jax.tree.leaves(params):
+            if 0 < self.decay < jnp.finfo(w.dtype).eps:
+                raise ValueError(
+                    f"KolenPollack: a decay of {self.decay} is lost in {w.dtype} parameters; take "
+                    f"more than {float(jnp.finfo(w.dtype).eps):.1g}, or keep them in float32"
+                )
+        return super().begin(key, net, params, x)
+
+    def update(
+        self, state: State, params: PyTree, updates: PyTree, info: Info
+    ) -> tuple[PyTree, State]:
+        learn = trainable_mask(state.net, params)
+
+        learned = map_feedback(
+            lambda b, u, on: b + u - self.decay * b if on else b, state.learned, updates, learn
+        )
+        updates = jax.tree.map(
+            lambda b, u, w, on: u if b is None or not on else u - self.decay * w,
+            state.learned, updates, params, learn, is_leaf=lambda v: v is None,
+        )  # fmt: skip
+        return updates, state.next(learned)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightMirror(Transported):
+    """Feedback weights learn from noise that is sent through the layer:
+
+        delta^l = (delta^{l+1} (B^{l+1})^T) * f'(z^l)
+        z = xi W + b,   B <- (1 - decay) B + rate <xi (outer) (z - <z>)>,         xi ~ N(0, 1)
+
+    where < > is the mean over `samples` draws of the noise. As <xi (outer) xi> is I on average, the
+    last term is W: with decay = rate, B is a running mean of estimates of W. `gradient` sends the
+    noise, and `update` learns from it.
+
+    For a convolution the term is its own gradient, of the pair (xi, z - <z>), each entry over the
+    number of positions at which it is used.
+
+    Source: Akrout, Wilson, Humphreys, Lillicrap and Tweed, Deep learning without weight transport
+    (2019), section 3.
+
+    Initialisation: B as the layer's initialiser draws W, independently of it.
+
+    Assumes: that a layer can be shown noise by itself, and its output be seen before the
+    activation; so not of layers with several weights inside, such as `LSTM`. The noise is
+    independent of all data.
+
+    Attributes:
+        rate: of the mirror, above 0.
+        decay: of the feedback weights; None: the rate.
+        samples: draws of the noise for each step.
+
+    Raises:
+        ValueError: settings out of range.
+    """
+
+    rate: float = 0.01
+    decay: float | None = None
+    samples: int = 128
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 1 or not (self.decay is None or 0 <= self.decay <= 1):
+            raise ValueError(
+                "WeightMirror: rate must be above 0 and decay at least 0, both at most 1, not "
+                f"{self.rate} and {self.decay}"
+            )
+        check_count(self, "samples", 2)
+
+    def begin(self, key: Array, net: Node, params: PyTree, x: Any) -> PyTree:
+        check_untied(net, type(self).__name__)
+        check_single(net, self.carriers(net, params), type(self).__name__)
+        return super().begin(key, net, params, x)
+
+    def sweep(
+        self, state: State, params: PyTree, x: Any, y: Any, key: Array | None
+    ) -> tuple[PyTree, Info]:
+        grads, info = super().sweep(state, params, x, y, key)
+        return grads, info._replace(learned=self._mirror(state, params, x))
+
+    def update(
+        self, state: State, params: PyTree, updates: PyTree, info: Info
+    ) -> tuple[PyTree, State]:
+        decay = self.rate if self.decay is None else self.decay
+        learned = map_feedback(
+            lambda b, m: ((1 - decay) * b.astype(m.dtype) + self.rate * m).astype(b.dtype),
+            state.learned,
+            info.learned,
+        )
+        return updates, state.next(learned)
+
+    def _mirror(self, state: State, params: PyTree, x: Any) -> PyTree:
+        """<xi (outer) (z - <z>)> of every layer that has feedback."""
+        net, shapes = state.net, inputs_of(state.net, params, x)
+        axes, parts = stack_axes(net), {path: own for path, _, own in walk(net, state.learned)}
+        keys = iter(jax.random.split(state.drawn, len(parts)))
+
+        def of(path: str, layer: Layer, own: PyTree) -> tuple[Node, PyTree]:
+            key = next(keys)
+            if not jax.tree.leaves(parts[path]):
+                return layer, parts[path]
+            shape, dtype = shapes[path].shape[axes[path] + 1 :], shapes[path].dtype
+
+            def mirror(key: Array, own: PyTree) -> PyTree:
+                noise = jax.random.normal(key, (self.samples, *shape), dtype)
+                z, saved = forward(layer, own, noise)
+                z = z - jnp.mean(z, axis=0, keepdims=True)
+
+                _, found = backward(layer, own, layer.trace(noise, z, saved), z, total)
+                one, (y, saved) = noise[:1], forward(layer, own, noise[:1])
+                one, y = jnp.ones_like(one), jnp.ones_like(y)
+                _, used = backward(layer, own, layer.trace(one, y, saved), y, total)
+                return jax.tree.map(
+                    lambda m, u: m / (self.samples * jnp.maximum(u, 1)), found, used
+                )
+
+            copies = jax.tree.leaves(own)[0].shape[: axes[path]]
+            for _ in copies:
+                mirror = jax.vmap(mirror)
+            found = mirror(jax.random.split(key, copies) if copies else key, own)
+            return layer, map_feedback(lambda _, m: m, parts[path], found)
+
+        return rebuild(net, params, of)[1]
