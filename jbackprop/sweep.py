@@ -163,6 +163,10 @@ class Composite(Node):
         """How many copies of the layer inside it runs, parameters stacked; None for no stack."""
         return None
 
+    def keys(self, key: Array | None) -> list[Array | None]:
+        """Of a chain: the key of each of its layers."""
+        return keys_for(list(self.children().values()), key)
+
     def opened(self) -> Composite:
         """The same forward, saving all that the layers inside save: for looking at them."""
         return self

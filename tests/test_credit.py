@@ -10,10 +10,12 @@ import numpy as np
 import optax
 import pytest
 from scipy import stats
+from sklearn.datasets import load_digits
 from truth import assert_close, assert_same, relative
 
 import jbackprop as jb
 from jbackprop import credit
+from jbackprop.credit.predictive import largest, norm, share
 from jbackprop.credit.transported import _sixteenths
 from jbackprop.structure import rebuild, walk
 from jbackprop.sweep import Layer
@@ -209,9 +211,25 @@ def test_no_rule_is_backpropagation_in_disguise(name, rule):
 
 
 def rule_error(grads, truth):
-    return jax.tree.map(
-        lambda g, t: relative(g, t) if np.linalg.norm(t) > 1e-12 else 1.0, grads, truth
-    )
+    """How far each is from the truth, whatever its length; of one number, by length."""
+
+    def of(g, t):
+        if np.linalg.norm(t) <= 1e-12:
+            return 1.0
+        return relative(g, t) if np.size(t) == 1 else np.sin(np.radians(degrees(g, t)))
+
+    return jax.tree.map(of, grads, truth)
+
+
+def test_a_network_and_a_rule_of_one_key_have_weights_of_their_own():
+    """Also of one that is split off: else feedback alignment is backpropagation, and says nothing."""
+    key = jax.random.key(5)
+    for own in (key, *jax.random.split(key), jax.random.split(jax.random.split(key)[0])[0]):
+        params = mlp(6, 5, 4, 3).init(own)
+        for rule in (credit.FeedbackAlignment(loss=LOSS), credit.KolenPollack(loss=LOSS)):
+            state = rule.init(key, mlp(6, 5, 4, 3), params)
+            for i in (2, 4):
+                assert 30 < degrees(state.learned[i]["w"], params[i]["w"]) < 150
 
 
 def test_the_first_layer_needs_no_feedback():
@@ -567,7 +585,15 @@ def test_targets_of_orthogonal_layers_and_their_inverses_are_backpropagation():
 # --- predictive coding -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["perceptron", "convolutions", "dropout"])
+DRAWING = jb.Sequential(jb.Tanh(), jb.Dropout(0.3), jb.Sequential(jb.Dense(5, 4), jb.Dropout(0.2)))
+NETS["nested"] = (
+    jb.Sequential(jb.Dense(6, 5), jb.Checkpoint(DRAWING), jb.Checkpoint(jb.Tanh()), jb.Dense(4, 3)),
+    (4, 6),
+)
+NETS["deep"] = mlp(3, *[3] * 12, 3, activation=jb.Sigmoid()), (3, 3)
+
+
+@pytest.mark.parametrize("name", ["perceptron", "convolutions", "dropout", "nested", "deep"])
 def test_predictive_coding_with_fixed_predictions_is_backpropagation(name):
     net, params, x, y = problem(name)
     key = jax.random.key(4)
@@ -580,7 +606,7 @@ def test_predictive_coding_with_fixed_predictions_is_backpropagation(name):
     short = dataclasses.replace(rule, steps=hidden - 1)
     grads, _ = short.gradient(dataclasses.replace(state, rule=short), params, x, y, key)
     assert np.max(np.abs(flat(grads[0]))) == 0  # a step a unit: the error has not come there yet
-    slow = dataclasses.replace(rule, rate=0.3, tolerance=0.0)
+    slow = dataclasses.replace(rule, rate=0.3, tolerance=0.0, steps=400)
     grads, _ = slow.gradient(dataclasses.replace(state, rule=slow), params, x, y, key)
     assert_close(grads, backprop_grads(net, params, x, y, key))
 
@@ -616,6 +642,34 @@ def test_predictive_coding_settles_where_the_energy_is_least():
     assert float(info.extra["residual"]) <= 1e-13
     assert_close(grads, truth, 1e-11)
     assert degrees(grads, backprop_grads(net, params, x, y)) > 3
+
+
+def test_every_unit_has_to_settle():
+    """In a deep net the errors of the first units are too small to be seen beside those of the last."""
+    net, params, x, y = problem("deep")
+    rule, state = started(credit.PredictiveCoding(rate=0.5, steps=3000), net, params)
+    grads, info = rule.gradient(state, params, x, y)
+    closely = dataclasses.replace(rule, tolerance=1e-12)
+    truth, _ = closely.gradient(dataclasses.replace(state, rule=closely), params, x, y)
+    norms = [np.linalg.norm(flat(g)) for g in truth if jax.tree.leaves(g)]
+    assert norms[0] < 1e-6 * norms[-1]
+    assert_close(grads, truth, 0.01)
+    assert 12 < int(info.extra["steps"]) < 3000
+    short = dataclasses.replace(rule, steps=11)
+    info = short.gradient(dataclasses.replace(state, rule=short), params, x, y)[1]
+    assert float(info.extra["residual"]) == 1
+
+
+def test_norms_neither_overflow_nor_call_what_diverges_settled():
+    huge = jnp.asarray([3e30, 4e30], jnp.float32)
+    assert relative(norm(huge), 5e30) < 1e-6
+    assert relative(norm(huge * jnp.float32(1e-30) * jnp.float32(1e-30)), 5e-30) < 1e-6
+    assert relative(norm(huge * jnp.float32(4e7)), 2e38) < 1e-6  # 1 / 2e38 is not a normal number
+    infinite = jnp.asarray(jnp.inf, jnp.float32)
+    assert np.isnan(share(jnp.float32(1), infinite))
+    assert np.isnan(share(infinite, infinite))
+    assert share(jnp.float32(0), jnp.float32(0)) == 0
+    assert np.isnan(largest([jnp.float32(0), jnp.float32(jnp.nan), jnp.float32(1)]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -700,6 +754,44 @@ def test_equilibrium_propagation_goes_to_the_gradient_of_the_free_equilibrium():
     assert not jb.credit.alignment(state, params, x, y).delta
 
 
+def test_the_truth_settles_whatever_the_rule_does():
+    """On a network of the usual size, which at the default settings is not settled."""
+    net, (x, y) = mlp(64, 64, 64, 10), load_digits(return_X_y=True)
+    params, x, y = net.init(jax.random.key(0)), jnp.asarray(x[:32] / 16), jnp.asarray(y[:32])
+    rule, state = started(equilibrium(1e-4, steps=20000, nudged_steps=20000), net, params)
+    grads, _ = rule.gradient(state, params, x, y)
+    for rule in (credit.EquilibriumPropagation(loss=LOSS), equilibrium(0.1, steps=2, loss=LOSS)):
+        truth = rule.truth(dataclasses.replace(state, rule=rule), params, x, y)
+        assert_close(grads, truth, 1e-4)
+
+
+def test_what_does_not_settle_has_no_truth_and_no_small_residual():
+    net = mlp(6, 8, 8, 3, activation=jb.Relu())
+    params = jax.tree.map(lambda w: 4 * w.astype(jnp.float32), net.init(jax.random.key(0)))
+    x, y = normal(1, 4, 6).astype(jnp.float32), labels(4)
+    rule, state = started(credit.EquilibriumPropagation(), net, params)
+    info = rule.gradient(state, params, x, y)[1]
+    assert not float(info.extra["residual"]) <= 0.1
+    assert np.all(np.isnan(flat(rule.truth(state, params, x, y))))
+    assert np.isnan(credit.alignment(state, params, x, y).gradient["all"])
+
+
+@pytest.mark.parametrize("nudge", [0.1, 0.01, 0.001])
+def test_nudged_phases_settle_by_the_way_they_go_however_short_it_is(nudge):
+    """Beside s itself it would be small from the start, and units far from the output stay behind."""
+    net = mlp(6, 5, 5, 5, 3)
+    params = jax.tree.map(lambda w: 0.6 * w, net.init(jax.random.key(0)))
+    x, loss = normal(1, 4, 6), jb.SquaredError()
+    rule = credit.EquilibriumPropagation(nudge=nudge, loss=loss)
+    state = rule.init(jax.random.key(3), net, params)
+    y = equilibrium(0.1, loss=loss).outputs(state, params, x) + 1e-3 * normal(2, 4, 3)
+    grads, info = rule.gradient(state, params, x, y)
+    assert_close(grads, rule.truth(state, params, x, y), 0.06)
+    short = dataclasses.replace(rule, nudged_steps=2)
+    info = short.gradient(dataclasses.replace(state, rule=short), params, x, y)[1]
+    assert min(float(info.extra["residual_up"]), float(info.extra["residual_down"])) > 0.5
+
+
 def test_equilibrium_propagation_of_convolutions():
     net = jb.Sequential(
         jb.Conv(1, 2, (3, 3)), jb.AveragePool((2, 2)), jb.HardTanh(), jb.Flatten(), jb.Dense(18, 3),
@@ -721,7 +813,7 @@ def test_forward_forward_written_out():
     )
     x, y = normal(1, 8, 6), labels(8)
     rule, state = started(credit.ForwardForward(classes=3, threshold=0.7, on=2.0), net, params)
-    wrong = (y + jax.random.randint(state.drawn, y.shape, 1, 3)) % 3
+    wrong = (y + jax.random.randint(state.drawn, y.shape, 1, 3, jnp.int32).astype(int)) % 3
     assert not np.any(wrong == y)
 
     def with_label(y):

@@ -426,6 +426,20 @@ def test_layers_that_a_rule_is_not_defined_for_are_named():
     )
     refused(chains[2], jb.Sequential(DENSE, jb.Gelu(), DENSE), r"layers\[1\], Gelu.*decreases")
     refused(chains[2], jb.Sequential(jb.Tanh(), DENSE), r"layers\[0\], Tanh.*before")
+    for bent in (jb.Softmax(), jb.LayerNorm(6, scale=False, shift=False)):
+        net = jb.Sequential(DENSE, bent, DENSE)
+        with pytest.raises(ValueError, match=r"layers\[1\], .*neither linear nor"):
+            used_on(chains[2], net, normal(0, 4, 6))
+    net = jb.Sequential(jb.Dense(6, 6), jb.RNN(6, 6), jb.Dense(6, 3))
+    with pytest.raises(ValueError, match=r"layers\[1\], RNN.*neither linear nor"):
+        used_on(chains[2], net, normal(0, 4, 2, 6), labels(8).reshape(4, 2))
+    for rule in chains:
+        frozen = jb.Sequential(jb.Frozen(DENSE), jb.Tanh(), DENSE)
+        refused(rule, frozen, r"layers\[0\], Frozen.*optax.masked")
+    for rule in RULES:
+        rule = dataclasses.replace(rule, loss=LOSS)
+        with pytest.raises(ValueError, match="no weights"):
+            rule.init(jax.random.key(0), jb.Tanh(), ())
     turn = jb.Sequential(DENSE, jb.Reversible(jb.Dense(3, 3), jb.Dense(3, 3)), DENSE)
     refused(credit.DirectFeedbackAlignment(), turn, "Reversible.*recovers")
 
@@ -437,6 +451,48 @@ def test_feedback_that_is_not_drawn_is_refused(w_init):
     """Else it would be W, and the rule backpropagation."""
     same = jb.Dense(6, 3, w_init=w_init)
     refused(credit.FeedbackAlignment(), jb.Sequential(DENSE, same), r"layers\[1\].*for every key")
+
+
+def used_on(rule, net, x, y=None):
+    params = net.init(jax.random.key(0))
+    rule, state = started(rule, net, params, x)
+    return rule.gradient(state, params, x, labels(len(x)) if y is None else y)
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if "Forward(" not in repr(r)], ids=repr)
+def test_a_checkpoint_changes_no_rule(rule):
+    """What is done again is a matter of memory; a rule that goes from unit to unit looks inside."""
+    units = jb.Sequential(jb.Tanh(), jb.Dense(5, 4)), jb.Tanh(), jb.Dense(4, 3)
+    net = jb.Sequential(jb.Dense(6, 5), *units)
+    other = jb.Sequential(jb.Dense(6, 5), *map(jb.Checkpoint, units))
+    grads, info = used_on(rule, net, normal(1, 8, 6))
+    again, seen = used_on(rule, other, normal(1, 8, 6))
+    assert_close(again, grads, 1e-12)
+    assert_close(list(seen.deltas.values()), list(info.deltas.values()), 1e-12)
+
+
+def test_a_recorder_takes_inputs_as_fit_does():
+    record = credit.Recorder(*(np.asarray(v[:20]) for v in clusters()))
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), NET.init(jax.random.key(0)))
+    jb.fit(
+        NET, LOSS, params, clusters(40), optax.sgd(0.1), epochs=1, key=jax.random.key(1),
+        rule=credit.FeedbackAlignment(), callbacks=[record], progress=False,
+    )  # fmt: skip
+    assert record.epochs == [1]
+    assert 0 < record.alignments[0].gradient["all"] < 90
+
+
+def test_many_classes_and_narrow_labels():
+    """In int8 the sum of two labels would overflow, and a wrong label be the right one."""
+    net = jb.Sequential(jb.Dense(120, 8), jb.Relu())
+    rule, state = started(credit.ForwardForward(classes=100), net, net.init(jax.random.key(0)))
+    x, y = normal(1, 600, 120), jnp.arange(600, dtype=jnp.int32) % 100
+    both = rule._both(state, x, y.astype(jnp.int8))
+    assert_same(both, rule._both(state, x, y))
+    both, y = np.asarray(both), np.asarray(y)
+    placed = np.argmax(both[:, :100], axis=1)
+    assert np.array_equal(placed[:600], y)
+    assert not np.any(placed[600:] == y)
 
 
 def test_sizes_that_do_not_follow_are_asked_for():
@@ -485,6 +541,8 @@ BAD = {
     "labels and no room": (lambda: used(credit.ForwardForward(classes=7), y=jnp.zeros(4, int)), ValueError, "first numbers"),
     "a recorder of nothing": (lambda: credit.Recorder(0, 0).plot(), ValueError, "nothing has been recorded"),
     "how often to record": (lambda: credit.Recorder(0, 0, every=0), ValueError, "every must be"),
+    "how often, in parts": (lambda: credit.Recorder(0, 0, every=1.5), ValueError, "every must be"),
+    "a loss that has no labels": (lambda: fit(credit.ForwardForward(classes=3), loss=jb.SquaredError()), ValueError, "SquaredError"),
     "another rule's state": (lambda: credit.SignSymmetry(loss=LOSS).gradient(begun(credit.FeedbackAlignment())[3], (), 0, 0), ValueError, "the state is one of"),
     "another setting": (lambda: credit.KolenPollack(decay=0.5, loss=LOSS).gradient(begun(credit.KolenPollack())[3], (), 0, 0), ValueError, "the state is one of"),
     "no state": (lambda: credit.alignment((), (), 0, 0), TypeError, "must be that of a rule"),
@@ -508,9 +566,9 @@ def used(rule=None, x=None, y=None, state=None):
     return rule.gradient(own if state is None else state, params, x, labels(4) if y is None else y)
 
 
-def fit(rule, optimizer=None, **options):
+def fit(rule, optimizer=None, loss=LOSS, **options):
     return jb.fit(
-        NET, LOSS, NET.init(jax.random.key(0)), clusters(40), optimizer or optax.sgd(0.1), epochs=1,
+        NET, loss, NET.init(jax.random.key(0)), clusters(40), optimizer or optax.sgd(0.1), epochs=1,
         key=jax.random.key(0), rule=rule, progress=False, **options,
     )  # fmt: skip
 

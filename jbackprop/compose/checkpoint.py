@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ class Checkpoint(Composite):
 
     layer: Node
 
+    chains: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_layers(self, layer=self.layer)
 
@@ -50,6 +52,9 @@ class Checkpoint(Composite):
     @functools.cached_property
     def reads(self) -> tuple[str, ...]:
         return ("x", "y") if "y" in self.layer.reads else ("x",)
+
+    def keys(self, key: Array | None) -> list[Array | None]:
+        return [key if self.layer.draws else None]
 
     def opened(self) -> Composite:
         return _Open(self.layer)

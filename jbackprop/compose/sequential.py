@@ -10,7 +10,7 @@ from jax import Array
 
 from jbackprop.compose.variadic import Variadic
 from jbackprop.factored import PyTree
-from jbackprop.sweep import Beheaded, Collect, Trace, backward, forward, inside, keys_for
+from jbackprop.sweep import Beheaded, Collect, Trace, backward, forward, inside
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
@@ -36,7 +36,7 @@ class Sequential(Variadic):
 
     def forward(self, params: PyTree, x: Any, key: Array | None) -> tuple[Any, Any]:
         own = self.split(params)
-        keys = keys_for(self.layers, key)
+        keys = self.keys(key)
         boundaries, saved = [], []
         for i, layer in enumerate(self.layers):
             with inside(f"layers[{i}]", layer):

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from jbackprop.credit.carriers import as_transport, map_feedback
-from jbackprop.credit.rule import State, keep
+from jbackprop.credit.rule import State, check_count, keep, largest_entry
 from jbackprop.credit.transported import Transported
 from jbackprop.diagnose.flow import beside, places_of
 from jbackprop.diagnose.pictures import figure
@@ -148,8 +148,7 @@ def angle(u: Array, v: Array) -> Array:
 
 def _scaled(u: Array) -> Array:
     """Over its largest entry, so that squares do not underflow."""
-    largest = jnp.max(jnp.abs(u), axis=-1, keepdims=True, initial=0)
-    return u / jnp.where(largest > 0, largest, 1)
+    return u / largest_entry(u)
 
 
 def _norm(u: Array) -> Array:
@@ -157,8 +156,9 @@ def _norm(u: Array) -> Array:
 
 
 def _ratio(u: Array, v: Array) -> Array:
-    largest = jnp.max(jnp.abs(v), axis=-1, keepdims=True, initial=0)
-    return jnp.where(largest[..., 0] > 0, _norm(u / largest) / _norm(v / largest), jnp.nan)
+    size = largest_entry(v)
+    true = _norm(v / size)
+    return jnp.where(true > 0, _norm(u / size) / true, jnp.nan)
 
 
 def _rows(delta: Any) -> Array:
@@ -248,15 +248,18 @@ class Recorder:
         jb.fit(..., rule=rule, callbacks=[record])
         record.plot().savefig("alignment.png")
 
+    Args:
+        x, y: a mini-batch to look at; x is taken in the dtype of the parameters, as `fit` does.
+        every: so many epochs.
+
     Attributes:
         epochs: the epochs it looked at.
         alignments: of these.
     """
 
     def __init__(self, x: Any, y: Any, every: int = 1):
-        if every < 1:
-            raise ValueError(f"every must be an int of at least 1, not {every}")
         self.x, self.y, self.every = x, y, every
+        check_count(self, "every", 1)
         self.epochs: list[int] = []
         self.alignments: list[Alignment] = []
 
@@ -266,8 +269,13 @@ class Recorder:
             raise ValueError("a Recorder needs a rule to look at: jb.fit(..., rule=rule)")
         if epoch.number % self.every:
             return
+        dtype = jnp.result_type(*jax.tree.leaves(epoch.params))
+        x = jax.tree.map(
+            lambda v: jnp.asarray(v, dtype if jnp.issubdtype(v.dtype, jnp.floating) else v.dtype),
+            self.x,
+        )
+        self.alignments.append(alignment(epoch.rule_state, epoch.params, x, self.y))
         self.epochs.append(epoch.number)
-        self.alignments.append(alignment(epoch.rule_state, epoch.params, self.x, self.y))
 
     def plot(self) -> Any:
         """Picture the angles by epoch, a line for each layer.

@@ -23,7 +23,6 @@ from jbackprop.sweep import (
     backward,
     forward,
     inside,
-    keys_for,
 )
 
 
@@ -107,14 +106,15 @@ def join_units(net: Node, found: list[tuple[PyTree, ...]]) -> PyTree:
     return joined(net, [part for unit in found for part in unit])
 
 
-def check_chain(net: Node, rule: str, remedy: str = "") -> None:
+def check_chain(net: Node, rule: str) -> None:
     """Raise where a rule that works from unit to unit would sweep through weights inside of one."""
     for link in links(net):
         inner = [path for path, layer, _ in walk(link.node) if _has_weights(layer)]
         if isinstance(link.node, Composite) and inner:
+            how = "" if link.node.learns else ". Freeze it by the optimizer instead: optax.masked"
             raise ValueError(
                 f"{rule} is defined for chains of layers; {link.path}, {link.node}, is a composite "
-                f"with weights inside, at {inner[0]}{remedy}"
+                f"with weights inside, at {inner[0]}{how}"
             )
     for path, layer, _ in walk(net):
         if layer.couples_examples:
@@ -155,5 +155,13 @@ def unit_backward(
 
 def unit_keys(net: Node, key: Array | None) -> list[Any]:
     """For each unit, a key for each of its links that draws."""
-    found = iter(keys_for([link.node for link in links(net)], key))
+    found = iter(_keys(net, key))
     return [[next(found) for _ in unit] for unit in units(net)]
+
+
+def _keys(net: Node, key: Array | None) -> list[Array | None]:
+    """The key of each link, as the forward sweep hands them out."""
+    if not (isinstance(net, Composite) and net.chains):
+        return [key]
+    children = zip(net.children().values(), net.keys(key), strict=True)
+    return [own for child, part in children for own in _keys(child, part)]

@@ -74,7 +74,7 @@ def _project(error: Array, feedback: Array, delta_x: Array) -> Array:
 class DirectFeedbackAlignment(Rule):
     """The error at the output goes to every layer by fixed random weights:
 
-        delta^l = (e B^l) * f'(z^l),         e = dC/dz^L, the true delta of the output
+        delta^l = (e B^l) * f'(z^l),         e = dC/do, of the network's outputs o
 
     in place of delta^{l+1} (W^{l+1})^T: wherever a weight would carry a delta from its outputs to
     its inputs, e B comes to its inputs instead. Norms, gains, pooling and activations pass on what

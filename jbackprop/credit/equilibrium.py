@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from jbackprop.credit.chain import (
+    Link,
     Unit,
     activates,
     check_chain,
@@ -22,7 +23,7 @@ from jbackprop.credit.chain import (
     units,
     weighted,
 )
-from jbackprop.credit.predictive import norm, nothing, share
+from jbackprop.credit.predictive import largest, norm, nothing, share
 from jbackprop.credit.rule import (
     Info,
     Rule,
@@ -34,7 +35,14 @@ from jbackprop.credit.rule import (
     widened,
 )
 from jbackprop.factored import PyTree
-from jbackprop.sweep import Node, batch_size
+from jbackprop.losses import Loss
+from jbackprop.sweep import Node, batch_size, forward
+
+LONG = 20_000
+"""Steps at most, where the truth settles."""
+
+SETTLED = 1e-3
+"""The residual below which it has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +66,8 @@ class EquilibriumPropagation(Rule):
     state in place of s_-beta, and the divisor beta. As beta goes to 0 this becomes the gradient of
     the cost of the *free equilibrium*, C(s*), with an error of beta^2 (of beta, if not symmetric):
     that is the `truth` here, found from the linear equations of the equilibrium (Almeida, 1987;
-    Pineda, 1987). `outputs` are s^L of the free equilibrium, not those of the forward sweep.
+    Pineda, 1987), for which the network settles until rounding stops it; NaN if it does not settle.
+    `outputs` are s^L of the free equilibrium, not those of the forward sweep.
 
     Source: Scellier and Bengio, Equilibrium propagation: bridging the gap between energy-based
     models and backpropagation (2017); Laborieux, Ernoult, Scellier, Bengio, Grollier and Querlioz,
@@ -67,19 +76,23 @@ class EquilibriumPropagation(Rule):
 
     Initialisation: s is 0 before the free phase. Nothing is learned but the weights.
 
-    Assumes: symmetric weights; a chain of units, whose activations do not decrease, so that there
-    is an energy; and that it settles, which is not given: look at the residuals. Bounded
-    activations (`HardTanh`, `Sigmoid`, `Tanh`), at the output too, settle most surely.
+    Assumes: symmetric weights; a chain of units A_l that are linear, bias aside (or max-pooling),
+    and whose activations do not decrease, so that there is an energy; and that it settles, which is
+    not given: look at the residuals. Bounded activations (`HardTanh`, `Sigmoid`, `Tanh`), at the
+    output too, settle most surely; `Relu` may grow without bound.
 
     Attributes:
         nudge: beta, above 0.
         steps: at most so many, in the free phase.
         nudged_steps: at most so many, in each nudged phase.
         rate: how far each step goes, above 0 and at most 1.
-        tolerance: stop when a step would change s by at most this part of it.
+        tolerance: stop when in every unit there is left to go (to the right-hand side above) at
+            most this part of the way that it has come in this phase, or what rounding hides.
         symmetric: whether to nudge in both directions.
 
-    `Info.extra` has "steps" and "residual" of the free phase, and the residuals of the nudged ones.
+    `Info.extra` has "steps" and "residual" of the free phase, and the residuals of the nudged ones:
+    what is compared with the tolerance, 1 where nothing has come to a unit yet, NaN where s
+    diverges.
 
     Raises:
         ValueError: settings out of range; layers that no such energy has, by name.
@@ -175,6 +188,17 @@ class EquilibriumPropagation(Rule):
     ) -> dict[str, Any]:
         return {}
 
+    def check(self, net: Node, loss: Loss, params: PyTree, x: Any, y: Any) -> None:
+        super().check(net, loss, params, x, y)
+        shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), x)
+        leaves, tree = jax.tree.flatten(shapes)
+        bent = _bent(net, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        if bent is not None:
+            raise ValueError(
+                f"{type(self).__name__} is not defined for {bent.path}, {bent.node}: it is neither "
+                "linear nor an activation of each number by itself, so that no energy has it"
+            )
+
     def _zeros(self, net: Node, params: PyTree, x: Any) -> list[Array]:
         shapes = jax.eval_shape(functools.partial(_activities, net), params, x)
         return [jnp.zeros(s.shape, s.dtype) for s in shapes]
@@ -194,7 +218,7 @@ class EquilibriumPropagation(Rule):
         def far(s: list[Array]) -> tuple[list[Array], Array]:
             target = self._target(state, params, x, y, s, beta)
             way = [t - v for t, v in zip(target, s, strict=True)]
-            return way, share(norm(way), norm(target))
+            return way, _left(way, target, [v - v0 for v, v0 in zip(s, start, strict=True)])
 
         def more(carry: Any) -> Array:
             return (carry[1] < most) & ~(carry[3] <= self.tolerance)
@@ -239,6 +263,43 @@ def _halves(unit: Unit) -> tuple[Unit, Unit]:
     return unit[:at], unit[at:]
 
 
+@functools.lru_cache(maxsize=256)
+def _bent(net: Node, tree: Any, shapes: tuple[Any, ...]) -> Link | None:
+    """The first link before an activation that is not linear: twice the input is not twice as far.
+
+    (From 0, so that a bias is none; max-pooling passes.)
+    """
+
+    def drawn(key: Array, shape: Any, dtype: Any) -> Array:
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return jnp.zeros((2, *shape), dtype)
+        return jax.random.normal(key, (2, *shape), jnp.float32)
+
+    with jax.ensure_compile_time_eval():
+        keys = jax.random.split(jax.random.key(0), len(shapes) + 1)
+        params = jax.tree.map(lambda w: w.astype(jnp.float32), net.init(keys[0]))
+        x = jax.tree.unflatten(tree, [drawn(k, *s) for k, s in zip(keys[1:], shapes, strict=True)])
+        for unit, own in zip(units(net), split_units(net, params), strict=True):
+            linear, _ = _halves(unit)
+            for link, part in zip(unit, own, strict=True):
+
+                def f(size: int, link: Link = link, part: PyTree = part, x: Any = x) -> Any:
+                    return forward(link.node, part, jax.tree.map(lambda v: size * v, x))[0]
+
+                y = f(1)
+                if link in linear and _is_float(x) and _is_float(y):
+                    start = f(0)
+                    once, twice = y - start, f(2) - start
+                    if not norm(twice - 2 * once) <= 1e-3 * norm(twice):
+                        return link
+                x = y
+    return None
+
+
+def _is_float(x: Any) -> bool:
+    return hasattr(x, "dtype") and bool(jnp.issubdtype(x.dtype, jnp.floating))
+
+
 def _check_activation(rule: str, path: str, node: Any) -> None:
     if not hasattr(node, "activate"):
         raise ValueError(
@@ -250,7 +311,7 @@ def _check_activation(rule: str, path: str, node: Any) -> None:
     if np.any(np.diff(heights) < -1e-6):
         raise ValueError(
             f"{rule} is not defined for {path}, {node}: the activation decreases somewhere, so "
-            "that no energy has it; use HardTanh, Sigmoid, Tanh or Relu"
+            "that no energy has it; use HardTanh, Sigmoid or Tanh"
         )
 
 
@@ -272,22 +333,43 @@ def _free(rule: EquilibriumPropagation, state: State, params: PyTree, x: Any) ->
 def _truth(rule: EquilibriumPropagation, state: State, params: PyTree, x: Any, y: Any) -> PyTree:
     n, dtypes = batch_size(x), jax.tree.map(lambda w: w.dtype, params)
     params, x = widened((params, x))
-    s = _free(rule, state, params, x)
+    zeros = rule._zeros(state.net, params, x)
+    rounding = float(jnp.finfo(zeros[0].dtype).eps)
+    closely = dataclasses.replace(rule, tolerance=10 * rounding)
+    s, _, residual = closely._settle(state, params, x, y, zeros, 0.0, LONG)
     cost = jax.vjp(lambda s: rule._target(state, params, x, y, s, 0.0), s)[1]
-    outer = [*(jnp.zeros_like(v) for v in s[:-1]), state.loss.delta(s[-1], y)]
+    outer = [*zeros[:-1], state.loss.delta(s[-1], y)]
+
+    def far(u: list[Array]) -> tuple[list[Array], Array]:
+        target = [a + b for a, b in zip(outer, cost(u)[0], strict=True)]
+        way = [t - v for t, v in zip(target, u, strict=True)]
+        return way, _left(way, target, u)
 
     def more(carry: Any) -> Array:
-        return (carry[1] < 4 * rule.steps) & ~(carry[2] <= rule.tolerance)
+        return (carry[1] < LONG) & ~(carry[3] <= closely.tolerance)
 
     def step(carry: Any) -> Any:
-        u, i, _ = carry
-        new = [a + b for a, b in zip(outer, cost(u)[0], strict=True)]
-        way = [rule.rate * (a - b) for a, b in zip(new, u, strict=True)]
-        u = [a + b for a, b in zip(u, way, strict=True)]
-        return u, i + 1, share(norm(way), norm(u))
+        u, i, way, _ = carry
+        u = [v + rule.rate * w for v, w in zip(u, way, strict=True)]
+        return u, i + 1, *far(u)
 
-    u, _, _ = lax.while_loop(
-        more, step, (outer, jnp.asarray(0), jnp.asarray(jnp.inf, norm(outer).dtype))
-    )
+    u, _, _, apart = lax.while_loop(more, step, (outer, jnp.asarray(0), *far(outer)))
     found = jax.vjp(lambda params: rule._target(state, params, x, y, s, 0.0), params)[1](u)[0]
-    return jax.tree.map(lambda g, dtype: (g / n).astype(dtype), found, dtypes)
+    settled = jnp.maximum(residual, apart) < SETTLED
+    return jax.tree.map(
+        lambda g, dtype: jnp.where(settled, g / n, jnp.nan).astype(dtype), found, dtypes
+    )
+
+
+def _left(way: list[Array], target: list[Array], come: list[Array]) -> Array:
+    """How far there is to go beside the way that a unit has come, where that is most; at most 1.
+
+    What is lost in rounding where one is to go is not counted.
+    """
+
+    def of(way: Array, target: Array, come: Array) -> Array:
+        far, whole = norm(way), norm(target)
+        seen = jnp.maximum(far - jnp.finfo(far.dtype).eps * whole, 0)
+        return share(jnp.where(jnp.isfinite(whole), seen, jnp.nan), jnp.maximum(far, norm(come)))
+
+    return largest(map(of, way, target, come))

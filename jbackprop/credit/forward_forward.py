@@ -38,15 +38,17 @@ class ForwardForward(Rule):
                      sigmoid(g - threshold) 2 h^l / q   (negative),     q the size of h^l
 
     and its delta goes through its own activation and no further: delta^l = dC^l/dh^l * f'(z^l). The
-    cost is the sum over all units; no unit sees another's. The network's loss has no part in it;
-    a network ends in a hidden unit rather than in net inputs for the classes.
+    cost is the sum over all units; no unit sees another's. The network's loss has no part in it (it
+    is what `fit` and `evaluate` report of the `outputs`, and must take integer labels); a network
+    ends in a hidden unit rather than in net inputs for the classes.
 
     `outputs` are (B, classes): for each label that is put in, the goodness summed over all units,
     or over all but the first if there are several. The greatest is the prediction. `truth` is the
     gradient of the same cost where units do see each other's, by backpropagation through all.
 
     Source: Hinton, The forward-forward algorithm: some preliminary investigations (2022), sections
-    2 and 3.3.
+    2 and 3.3. The goodness is a mean here, not a sum of squares: a threshold then serves units of
+    every width.
 
     Initialisation: nothing to begin with. Negative labels are drawn from the state's key.
 
@@ -90,6 +92,7 @@ class ForwardForward(Rule):
                 f"ForwardForward: labels must be from 0 to {self.classes - 1}, but they go from "
                 f"{np.min(y)} to {np.max(y)}; classes says how many there are"
             )
+        loss.check((len(y), self.classes), y)
         if not jnp.issubdtype(jnp.result_type(*jax.tree.leaves(x)), jnp.floating):
             raise TypeError(
                 "ForwardForward puts labels among the numbers of an example, which must be "
@@ -161,8 +164,8 @@ class ForwardForward(Rule):
 
     def _both(self, state: State, x: Array, y: Array) -> Array:
         """The examples with their labels, and behind them with others."""
-        y = jnp.asarray(y)
-        shift = jax.random.randint(state.drawn, y.shape, 1, self.classes, y.dtype)
+        y = jnp.asarray(y, jnp.int32)
+        shift = jax.random.randint(state.drawn, y.shape, 1, self.classes, jnp.int32)
         wrong = (y + shift) % self.classes
         return jnp.concatenate([self._with(x, y), self._with(x, wrong)])
 

@@ -76,6 +76,8 @@ class ForwardGradient(Rule):
     each `update`.
 
     Assumes: with `perturb="activities"`, that nothing couples the examples and no weights are tied.
+    A layer's output is what is moved: inside of a recurrent layer, from one position to the one
+    before, deltas go back as in backpropagation.
 
     Attributes:
         perturb: "activities" or "weights".

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from jbackprop.credit.rule import (
     check_count,
     check_positive,
     keep,
+    largest_entry,
     taken_apart,
     widened,
 )
@@ -66,10 +68,12 @@ class PredictiveCoding(Rule):
     Attributes:
         rate: of the activities, above 0. At too high a rate they do not settle: see the residual.
         steps: at most so many.
-        tolerance: stop when |dF/dv| <= tolerance |e|, both over all units and the batch.
+        tolerance: stop when in every unit |dF/dv^l| is at most this part of the greater of its two
+            terms, |e^l| and |(df_{l+1}/dv^l)^T e^{l+1}|, over the batch.
         fixed_prediction: whether predictions are those of the forward sweep.
 
-    `Info.extra` has "steps" that were taken, and the "residual" |dF/dv| / |e| in the end.
+    `Info.extra` has "steps" that were taken, and the "residual" in the end: what is compared with
+    the tolerance, 1 where an error has not come to a unit yet, NaN where activities diverge.
 
     Raises:
         ValueError: settings out of range; a composite with weights inside, by name.
@@ -119,12 +123,14 @@ class PredictiveCoding(Rule):
             return [*hidden, loss.delta(predicted[-1], y)], traces
 
         def slopes(activities: list[Array]) -> tuple[list[Array], Array]:
-            """dF/dv, and its size beside that of the errors."""
+            """dF/dv, and its size in the unit where it is largest beside what it is made of."""
             deltas, traces = errors(activities)
             parts = list(zip(chain, own, traces, deltas, strict=True))[1:]
             back = [unit_backward(*part, nothing)[0] for part in parts]
-            found = [b - d for b, d in zip(back, deltas[:-1], strict=True)]
-            return found, share(norm(found), norm(deltas))
+            pairs = list(zip(back, deltas[:-1], strict=True))
+            found = [b - d for b, d in pairs]
+            sizes = [jnp.maximum(norm(b), norm(d)) for b, d in pairs]
+            return found, largest(share(norm(s), n) for s, n in zip(found, sizes, strict=True))
 
         def more(carry: Any) -> Array:
             _, i, _, residual = carry
@@ -154,11 +160,19 @@ def nothing(factored: PyTree, delta: Any, aux: Any) -> PyTree:
 
 
 def share(part: Array, whole: Array) -> Array:
-    """One norm over another; 0 for 0 / 0."""
-    return part.astype(whole.dtype) / jnp.maximum(whole, jnp.finfo(whole.dtype).tiny)
+    """One norm over another; 0 for 0 / 0, NaN where one of them is not finite."""
+    found = part / jnp.maximum(whole, jnp.finfo(whole.dtype).tiny)
+    return jnp.where(jnp.isfinite(whole), found, jnp.nan)
 
 
-def norm(arrays: list[Array]) -> Array:
-    """Of all of them together."""
-    squares = [jnp.sum(jnp.square(a.astype(wide_dtype(a.dtype)))) for a in arrays]
-    return jnp.sqrt(sum(squares[1:], squares[0])) if squares else jnp.zeros(())
+def norm(a: Array) -> Array:
+    """The root of the sum of squares, which do not overflow and do not underflow."""
+    a = a.astype(wide_dtype(a.dtype)).reshape(-1)
+    size = largest_entry(a)
+    return size[0] * jnp.linalg.norm(a / size)
+
+
+def largest(numbers: Iterable[Array]) -> Array:
+    """The largest; 0 if there are none, NaN if there is one among them."""
+    found = list(numbers)
+    return jnp.max(jnp.stack(found)) if found else jnp.zeros(())

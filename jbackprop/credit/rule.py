@@ -20,6 +20,8 @@ from jbackprop.objective import value_and_grad
 from jbackprop.structure import rebuild
 from jbackprop.sweep import Node, batch_size, forward, total
 
+_STREAM = 2**32 - 3  # else feedback would be W where both keys are split off one
+
 
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -107,21 +109,24 @@ class Rule(abc.ABC):
         """The state to begin with.
 
         Args:
-            key: draws what the rule draws, here and in every step.
+            key: draws what the rule draws, here and in every step. Nothing of it is what a network
+                draws from the same key, or from one split off it.
             net: a layer or a composite.
             params: its parameters.
             x: inputs (B, ...), or their shapes: for rules that need the sizes of activations, where
                 these do not follow from the parameters, as behind a convolution.
 
         Raises:
-            ValueError: a layer that the rule is not defined for, by name; no loss.
+            ValueError: a layer that the rule is not defined for, by name; no loss; no weights.
         """
         if not isinstance(net, Node):
             raise TypeError(f"net must be a layer or a composite of layers, not {net!r}")
         if self.loss is None:
             name = type(self).__name__
             raise ValueError(f"{name} has no loss: {name}(loss=jbackprop.SoftmaxCrossEntropy())")
-        own, kept = jax.random.split(key)
+        if not jax.tree.leaves(params):
+            raise ValueError(f"{net} has no weights: there is nothing to assign credit to")
+        own, kept = jax.random.split(jax.random.fold_in(key, _STREAM))
         return State(net, self, kept, self.begin(own, net, params, x))
 
     def gradient(
@@ -228,12 +233,12 @@ def taken_apart(net: Node, tree: PyTree) -> tuple[PyTree, OrderedDict[str, Any]]
     return grads, deltas_of(net, tree)
 
 
-def check_count(rule: Rule, name: str, least: int) -> None:
+def check_count(of: Any, name: str, least: int) -> None:
     """Raise unless a setting is an int, and at least so much."""
-    value = getattr(rule, name)
+    value = getattr(of, name)
     if not hasattr(value, "__index__") or isinstance(value, bool) or value < least:
         raise ValueError(
-            f"{type(rule).__name__}: {name} must be an int of at least {least}, not {value!r}"
+            f"{type(of).__name__}: {name} must be an int of at least {least}, not {value!r}"
         )
 
 
@@ -255,3 +260,12 @@ def widened(tree: PyTree) -> PyTree:
         return v.astype(wide_dtype(v.dtype)) if jnp.issubdtype(v.dtype, jnp.floating) else v
 
     return jax.tree.map(of, tree)
+
+
+def largest_entry(u: Array) -> Array:
+    """The largest size of an entry along the last axis, (..., 1): to divide by before one squares.
+
+    It and its reciprocal are normal numbers: XLA may multiply by that.
+    """
+    tiny = jnp.finfo(u.dtype).tiny
+    return jnp.clip(jnp.max(jnp.abs(u), axis=-1, keepdims=True, initial=0), tiny, 1 / tiny)

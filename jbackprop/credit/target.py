@@ -64,9 +64,9 @@ class DifferenceTargetPropagation(Rule):
     Initialisation: V as the layer's initialiser draws W, independently of it; c = 0.
 
     Assumes: a chain of units, each a layer whose net input is linear in its input (`Dense`, `Conv`)
-    and activations behind it. What else a unit holds, such as pooling, goes back as in
-    backpropagation. The one gradient that true weights carry is that of the cost with respect to
-    h^{L-1}.
+    and elementwise activations behind it. What else a unit holds, such as pooling or a softmax, is
+    no part of f_{l-1} in g_l: it goes back as in backpropagation. The one gradient that true
+    weights carry is that of the cost with respect to h^{L-1}.
 
     Attributes:
         step: the step of the first target, above 0.

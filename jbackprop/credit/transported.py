@@ -126,7 +126,8 @@ class SignSymmetry(Transported):
         "fixed"    M drawn once
 
     Source: Liao, Leibo and Poggio, How important is weight symmetry in backpropagation? (2016):
-    uSF, brSF and frSF.
+    uSF, brSF and frSF. Magnitudes are in the scale of the layer's initialiser here, rather than 1
+    or uniform on (0, 1), so that deltas have the size that they have in backpropagation.
 
     Initialisation: fixed M are the absolute values of weights drawn as the layer's initialiser
     draws W; c is the root of their mean square; for each batch M is uniform on (0, sqrt(3) c), of
@@ -193,7 +194,8 @@ class KolenPollack(Transported):
         W <- W + u - decay W,        B <- B + u - decay B,        u the optimizer's update of W
 
     so that W - B shrinks by 1 - decay in every step, whatever u is: after t steps it is
-    (1 - decay)^t of what it was, and the deltas are those of backpropagation.
+    (1 - decay)^t of what it was, and the deltas are those of backpropagation. (Up to the rounding
+    of W and B: in half precision the difference shrinks more slowly.)
 
     Source: Kolen and Pollack, Backpropagation without weight transport (1994); Akrout, Wilson,
     Humphreys, Lillicrap and Tweed, Deep learning without weight transport (2019), section 4.

@@ -20,7 +20,7 @@ from jbackprop.factored import PyTree, is_factored, scan_examples, wide_dtype
 from jbackprop.gradient import refuse_coupling
 from jbackprop.losses import Loss
 from jbackprop.structure import trainable_mask
-from jbackprop.sweep import Composite, Node, backward, batch_size, forward, keep, keys_for, total
+from jbackprop.sweep import Composite, Node, backward, batch_size, forward, keep, total
 
 
 def diag_hessian(
@@ -126,7 +126,7 @@ def _propagate(
 
     if isinstance(node, Composite) and node.chains:
         layers, own = list(node.children().values()), node.split(params)
-        inputs, keys = [x], keys_for(layers, key)
+        inputs, keys = [x], node.keys(key)
         for layer, part, k in zip(layers[:-1], own, keys, strict=False):
             inputs.append(forward(layer, part, inputs[-1], k)[0])
         found, last = [], (delta, hessian)
