@@ -45,6 +45,7 @@ from jbackprop.bench import paired
 from jbackprop.table import render
 
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+UPPER = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 LOW = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003)
 HIGH = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 SEEDS = 5
@@ -82,16 +83,16 @@ def contestants() -> list[Contestant]:
     c = jb.credit
     return [
         Contestant("backpropagation", c.Backpropagation()),
-        Contestant("sign-symmetry, uniform", c.SignSymmetry()),
-        Contestant("sign-symmetry, each batch", c.SignSymmetry("batch")),
-        Contestant("sign-symmetry, fixed", c.SignSymmetry("fixed")),
+        Contestant("sign-symmetry, uniform", c.SignSymmetry(), UPPER),
+        Contestant("sign-symmetry, each batch", c.SignSymmetry("batch"), UPPER),
+        Contestant("sign-symmetry, fixed", c.SignSymmetry("fixed"), UPPER),
         Contestant("Kolen-Pollack", c.KolenPollack(decay=1e-3)),
         Contestant("weight mirror", c.WeightMirror()),
         Contestant("feedback alignment", c.FeedbackAlignment()),
         Contestant("direct feedback alignment", c.DirectFeedbackAlignment()),
         Contestant("direct random target projection", c.DirectRandomTargetProjection()),
         Contestant("difference target propagation", c.DifferenceTargetPropagation()),
-        Contestant("predictive coding", c.PredictiveCoding(rate=0.2, steps=20, tolerance=0.0)),
+        Contestant("predictive coding", c.PredictiveCoding(steps=100, tolerance=0.01), UPPER),
         Contestant("backpropagation, one hidden layer", c.Backpropagation(), kind="settling"),
         Contestant("equilibrium propagation", c.EquilibriumPropagation(
             nudge=0.5, steps=30, nudged_steps=10, tolerance=0.0), kind="settling"),
@@ -211,12 +212,14 @@ def measure(who: Contestant, problem: Problem) -> dict[str, Any]:
         runs = [train(x, y, each, seed) for seed in TUNING]
         tuned.append(float(np.mean([accuracy(who, run[0], run[1], *held) for run in runs])))
     rate = who.grid[int(np.argmax(tuned))]
-    found, angles = [], []
+    found, angles, told = [], [], []
     for seed in range(SEEDS):
         params, state = train(problem.x, problem.y, rate, seed)
         found.append(accuracy(who, params, state, problem.x_test, problem.y_test))
         seen = problem.x_test[:500], who.targets(problem.y_test[:500])
         angles.append(jb.credit.alignment(state, params, *seen))
+        info = state.rule.gradient(state, params, *seen)[1]
+        told.append({name: float(v) for name, v in info.extra.items() if jnp.ndim(v) == 0})
     mean = {
         name: {
             path: float(np.mean([getattr(a, name)[path] for a in angles]))
@@ -233,6 +236,7 @@ def measure(who: Contestant, problem: Problem) -> dict[str, Any]:
         "mean": float(np.mean(found)),
         "deviation": float(np.std(found, ddof=1)),
         "angles": mean,
+        "extra": {name: float(np.mean([each[name] for each in told])) for name in told[0]},
     }
 
 

@@ -16,7 +16,7 @@ from truth import assert_close, assert_same, relative
 import jbackprop as jb
 from jbackprop import credit
 from jbackprop.credit.predictive import largest, norm, share
-from jbackprop.credit.transported import _sixteenths
+from jbackprop.credit.transported import _pairwise_uniform
 from jbackprop.structure import rebuild, walk
 from jbackprop.sweep import Layer
 
@@ -266,20 +266,20 @@ def test_sign_symmetry_magnitudes_have_the_size_of_fresh_weights():
         assert abs(np.sqrt(np.mean(np.square(b)) * 500 / 2) - 1) < 0.02  # Glorot's 2 / (p + q)
 
 
-@pytest.mark.parametrize("shape", [(301,), (1, 1), (40, 1203), (3, 3, 5, 90)])
-def test_magnitudes_of_each_batch_are_uniform_on_sixteen_values(shape):
-    drawn = _sixteenths(jax.random.key(6), shape, jnp.float64)
-    assert drawn.shape == shape
-    sixteen, at = (np.arange(16) + 0.5) / 16, np.floor(drawn * 16).astype(int)
-    assert_same(np.asarray(drawn), sixteen[at])
-    if drawn.size > 4000:
-        counts = np.bincount(at.ravel(), minlength=16)
-        assert stats.chisquare(counts).pvalue > 1e-3
-        for axis in range(drawn.ndim):
-            if shape[axis] > 8:  # neighbours, and those eight apart, have nothing in common
-                for by in (1, 8):
-                    a, b = drawn, jnp.roll(drawn, by, axis)
-                    assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / drawn.size**0.5
+def test_magnitudes_of_each_batch_are_uniform_and_any_two_independent():
+    shapes = [(3, 4), (2, 1, 2)]
+    draw = jax.jit(jax.vmap(lambda key: _pairwise_uniform(key, shapes)))
+    drawn = draw(jax.random.split(jax.random.key(6), 4000))
+    assert [d.shape[1:] for d in drawn] == shapes
+    numbers = np.concatenate([d.reshape(4000, -1) for d in drawn], axis=1)
+    assert 0 < numbers.min() < 1e-3
+    assert 0.999 < numbers.max() <= 1
+    for column in numbers.T:
+        assert stats.kstest(column, "uniform").pvalue > 1e-3
+    for a, b in itertools.combinations(numbers.T, 2):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 4 / 4000**0.5
+        far = np.abs(a - b)  # of independent ones it is triangular, nearer or not mod 1 uniform
+        assert stats.kstest(np.minimum(far, 1 - far) * 2, "uniform").pvalue > 1e-4
 
 
 def test_kolen_pollack_shrinks_the_difference_by_its_decay_whatever_the_optimizer():

@@ -14,6 +14,9 @@ weights, is that of backpropagation.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -131,7 +134,8 @@ class SignSymmetry(Transported):
 
     Initialisation: fixed M are the absolute values of weights drawn as the layer's initialiser
     draws W; c is the root of their mean square; for each batch M is uniform on (0, sqrt(3) c), of
-    that mean square too (on sixteen values, evenly spaced).
+    that mean square too, and the magnitudes of any two weights are independent (of four they need
+    not be: p + q numbers are drawn for p x q weights).
 
     Assumes: that signs are transported, though magnitudes are not.
 
@@ -167,23 +171,34 @@ class SignSymmetry(Transported):
         return rebuild(net, drawn, size)[1]
 
     def feedback(self, state: State, params: PyTree) -> PyTree:
-        leaves = jax.tree.leaves(state.learned)
-        keys = iter(jax.random.split(state.drawn, max(len(leaves), 1)))
+        if self.magnitudes == "batch":
+            weights = jax.tree.leaves(map_feedback(lambda _, w: w, state.learned, params))
+            drawn = iter(_pairwise_uniform(state.drawn, [w.shape for w in weights]))
 
         def signed(m: Array, w: Array) -> Array:
             if self.magnitudes == "batch":
-                m = m * 3**0.5 * _sixteenths(next(keys), w.shape, w.dtype)
+                m = m * (3**0.5 * next(drawn)).astype(m.dtype)
             return m * jnp.sign(w)
 
         return map_feedback(signed, state.learned, params)
 
 
-def _sixteenths(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """1/32, 3/32, ..., 31/32, equally likely: eight to a number drawn, an eighth of the cost."""
-    *rows, n = shape
-    drawn = jax.random.bits(key, (*rows, -(-n // 8), 1), jnp.uint32)
-    bits = drawn >> jnp.arange(0, 32, 4, dtype=jnp.uint32).reshape(*[1] * len(shape), 8) & 15
-    return (bits.reshape(*rows, -1)[..., :n].astype(dtype) + 0.5) / 16
+def _pairwise_uniform(key: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+    """Arrays of float32 numbers uniform on (0, 1), any two of which are independent.
+
+    M_ij = r_i + s_j mod 1, for uniform r and s: of a p x q matrix p + q numbers are drawn, not pq.
+    Variances and covariances of what is linear in M are those of independent numbers.
+    """
+    sizes = [n for shape in shapes for n in (math.prod(shape[:-1]), shape[-1])]
+    drawn = jax.random.bits(key, (sum(sizes),), jnp.uint32)
+    parts = iter(jnp.split(drawn, list(itertools.accumulate(sizes))[:-1]))
+
+    def of(shape: tuple[int, ...]) -> Array:
+        sums = next(parts)[:, None] + next(parts)[None]  # of integers: mod 2^32
+        numbers = (sums >> 8).astype(jnp.int32).astype(jnp.float32)
+        return ((numbers + 0.5) / 2**24).reshape(shape)
+
+    return [of(shape) for shape in shapes]
 
 
 @dataclasses.dataclass(frozen=True)
