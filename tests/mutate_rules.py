@@ -8,9 +8,8 @@ a cast or a keyword left out. It is compiled and put in the place of the rule's 
 tests of `make test` run until one fails that passes without it. They run op by op (`disable_jit`):
 no trace of a rule outlives its mutant, and what XLA compiled for one mutant serves the next. (Those
 of curvature and credit, with their many sweeps, run compiled, with nothing left of what was traced
-before.) A
-mutant that no test notices is a survivor, and the exit status is 1. What computes the same is in
-`EQUIVALENT`, with the reason.
+before.) A mutant that no test notices is a survivor, and the exit status is 1. What computes the
+same is in `EQUIVALENT`, with the reason.
 """
 
 import argparse
@@ -78,16 +77,17 @@ RULES = {
     "curvature/traces.py": "_traces",
     "optim/kfac.py": "_given _minimising",
     "optim/damping.py": "*.adapted inner damped",
-    "credit/transported.py": "*.sweep *.feedback *.begin *.update *._mirror",
+    "credit/transported.py": "*.sweep *.feedback *.begin *.update *._mirror _pairwise_uniform",
     "credit/direct.py": "*.sweep *.error _Direct.* _project",
     "credit/target.py": "*.sweep *.update *._inverses _Inverse.*",
-    "credit/predictive.py": "*.sweep share norm",
-    "credit/equilibrium.py": "*.sweep *._settle *._target _truth _halves",
+    "credit/predictive.py": "*.sweep share norm largest",
+    "credit/rule.py": "largest_entry",
+    "credit/equilibrium.py": "*.sweep *._settle *._target _truth _halves _left",
     "credit/forward_forward.py": "*.sweep *.outputs *.truth *._both *._with _signs _goodness"
     " _normalised",
     "credit/forward_gradient.py": "*.sweep *._of_* _Perturbed.* direction",
     "credit/carriers.py": "carriers _first as_transport like_fresh",
-    "credit/chain.py": "units unit_forward unit_backward",
+    "credit/chain.py": "units unit_forward unit_backward _keys",
     "credit/angles.py": "_measured angle _ratio _mean_* _by_layer _local",
 }
 """The rules of each file, as patterns of qualified names; a file has those of all that match it."""
@@ -124,6 +124,7 @@ KILLERS = {
     ],
     "credit/": [
         "credit.*(written|autodiff|true_weights|goes_to|energy|mirror|signs|magnitudes|shrinks)",
+        "credit.*(settle|norms_neither|fixed_predictions)",
         "credit.*(inverses|targets|average|derivative|several|convolutions|first_layer|copies|position)",
         "credit_use.*(exact|above|dtype|agree)",
     ],

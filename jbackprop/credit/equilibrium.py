@@ -275,25 +275,27 @@ def _bent(net: Node, tree: Any, shapes: tuple[Any, ...]) -> Link | None:
             return jnp.zeros((2, *shape), dtype)
         return jax.random.normal(key, (2, *shape), jnp.float32)
 
-    with jax.ensure_compile_time_eval():
+    tried: list[Link] = []
+
+    def bends() -> list[Array]:
         keys = jax.random.split(jax.random.key(0), len(shapes) + 1)
         params = jax.tree.map(lambda w: w.astype(jnp.float32), net.init(keys[0]))
         x = jax.tree.unflatten(tree, [drawn(k, *s) for k, s in zip(keys[1:], shapes, strict=True)])
+        found = []
         for unit, own in zip(units(net), split_units(net, params), strict=True):
             linear, _ = _halves(unit)
             for link, part in zip(unit, own, strict=True):
-
-                def f(size: int, link: Link = link, part: PyTree = part, x: Any = x) -> Any:
-                    return forward(link.node, part, jax.tree.map(lambda v: size * v, x))[0]
-
-                y = f(1)
+                y = forward(link.node, part, x)[0]
                 if link in linear and _is_float(x) and _is_float(y):
-                    start = f(0)
-                    once, twice = y - start, f(2) - start
-                    if not norm(twice - 2 * once) <= 1e-3 * norm(twice):
-                        return link
+                    start, twice = (forward(link.node, part, size * x)[0] for size in (0, 2))
+                    apart = norm((twice - start) - 2 * (y - start))
+                    found.append(apart > 1e-3 * norm(twice - start))
+                    tried.append(link)
                 x = y
-    return None
+        return found
+
+    found = jax.jit(bends).lower().compile()()  # also where all else is being traced
+    return next((link for link, bent in zip(tried, found, strict=True) if bent), None)
 
 
 def _is_float(x: Any) -> bool:

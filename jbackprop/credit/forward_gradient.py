@@ -69,8 +69,9 @@ class ForwardGradient(Rule):
     both are the gradient on average. Their variance grows with the number of weights, or of units:
     E|g - dC/dW|^2 = (number + 1) |dC/dW|^2 for weights, of which there are more than units.
 
-    Source: Baydin, Pearlmutter, Syme, Wood and Torr, Gradients without backpropagation (2022); Ren,
-    Kornblith, Liao and Hinton, Scaling forward gradient with local losses (2023), for activities.
+    Source: Baydin, Pearlmutter, Syme, Wood and Torr, Gradients without backpropagation (2022),
+    definition 1; Ren, Kornblith, Liao and Hinton, Scaling forward gradient with local losses
+    (2023), for activities.
 
     Initialisation: nothing to begin with. Directions are drawn from the state's key: anew after
     each `update`.

@@ -59,7 +59,7 @@ class DifferenceTargetPropagation(Rule):
     averaged over the batch. With r = that difference times f_{l-1}', the gradient of V is the
     layer's own pair, of r in place of its input and h in place of its delta.
 
-    Source: Lee, Zhang, Fischer and Bengio, Difference target propagation (2015).
+    Source: Lee, Zhang, Fischer and Bengio, Difference target propagation (2015), algorithm 1.
 
     Initialisation: V as the layer's initialiser draws W, independently of it; c = 0.
 
