@@ -80,8 +80,8 @@ RULES = {
     "credit/transported.py": "*.sweep *.feedback *.begin *.update *._mirror _pairwise_uniform",
     "credit/direct.py": "*.sweep *.error _Direct.* _project",
     "credit/target.py": "*.sweep *.update *._inverses _Inverse.*",
-    "credit/predictive.py": "*.sweep share norm largest",
-    "credit/rule.py": "largest_entry",
+    "credit/predictive.py": "*.sweep",
+    "credit/settling.py": "settle share norm largest largest_entry",
     "credit/equilibrium.py": "*.sweep *._settle *._target _truth _halves _left",
     "credit/forward_forward.py": "*.sweep *.outputs *.truth *._both *._with _signs _goodness"
     " _normalised",

@@ -15,7 +15,7 @@ from truth import assert_close, assert_same, relative
 
 import jbackprop as jb
 from jbackprop import credit
-from jbackprop.credit.predictive import largest, norm, share
+from jbackprop.credit.settling import largest, norm, share
 from jbackprop.credit.transported import _pairwise_uniform
 from jbackprop.structure import rebuild, walk
 from jbackprop.sweep import Layer

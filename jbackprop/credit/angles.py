@@ -13,7 +13,8 @@ import numpy as np
 from jax import Array, lax
 
 from jbackprop.credit.carriers import as_transport, map_feedback
-from jbackprop.credit.rule import State, check_count, keep, largest_entry
+from jbackprop.credit.rule import State, check_count, keep
+from jbackprop.credit.settling import largest_entry
 from jbackprop.credit.transported import Transported
 from jbackprop.diagnose.flow import beside, places_of
 from jbackprop.diagnose.pictures import figure
@@ -271,7 +272,9 @@ class Recorder:
             return
         dtype = jnp.result_type(*jax.tree.leaves(epoch.params))
         x = jax.tree.map(
-            lambda v: jnp.asarray(v, dtype if jnp.issubdtype(v.dtype, jnp.floating) else v.dtype),
+            lambda v: jnp.asarray(
+                v, dtype if jnp.issubdtype(jnp.result_type(v), jnp.floating) else None
+            ),
             self.x,
         )
         self.alignments.append(alignment(epoch.rule_state, epoch.params, x, self.y))

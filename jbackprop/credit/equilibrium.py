@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from jbackprop.credit.chain import (
     Link,
@@ -23,7 +23,7 @@ from jbackprop.credit.chain import (
     units,
     weighted,
 )
-from jbackprop.credit.predictive import largest, norm, nothing, share
+from jbackprop.credit.predictive import nothing
 from jbackprop.credit.rule import (
     Info,
     Rule,
@@ -34,6 +34,7 @@ from jbackprop.credit.rule import (
     taken_apart,
     widened,
 )
+from jbackprop.credit.settling import largest, norm, settle, share
 from jbackprop.factored import PyTree
 from jbackprop.losses import Loss
 from jbackprop.sweep import Node, batch_size, forward
@@ -220,16 +221,7 @@ class EquilibriumPropagation(Rule):
             way = [t - v for t, v in zip(target, s, strict=True)]
             return way, _left(way, target, [v - v0 for v, v0 in zip(s, start, strict=True)])
 
-        def more(carry: Any) -> Array:
-            return (carry[1] < most) & ~(carry[3] <= self.tolerance)
-
-        def step(carry: Any) -> Any:
-            s, i, way, _ = carry
-            s = [v + self.rate * w for v, w in zip(s, way, strict=True)]
-            return s, i + 1, *far(s)
-
-        s, taken, _, residual = lax.while_loop(more, step, (start, jnp.asarray(0), *far(start)))
-        return s, taken, residual
+        return settle(far, start, self.rate, most, self.tolerance)
 
     def _target(
         self, state: State, params: PyTree, x: Any, y: Any, s: list[Array], beta: float
@@ -347,15 +339,7 @@ def _truth(rule: EquilibriumPropagation, state: State, params: PyTree, x: Any, y
         way = [t - v for t, v in zip(target, u, strict=True)]
         return way, _left(way, target, u)
 
-    def more(carry: Any) -> Array:
-        return (carry[1] < LONG) & ~(carry[3] <= closely.tolerance)
-
-    def step(carry: Any) -> Any:
-        u, i, way, _ = carry
-        u = [v + rule.rate * w for v, w in zip(u, way, strict=True)]
-        return u, i + 1, *far(u)
-
-    u, _, _, apart = lax.while_loop(more, step, (outer, jnp.asarray(0), *far(outer)))
+    u, _, apart = settle(far, outer, rule.rate, LONG, closely.tolerance)
     found = jax.vjp(lambda params: rule._target(state, params, x, y, s, 0.0), params)[1](u)[0]
     settled = jnp.maximum(residual, apart) < SETTLED
     return jax.tree.map(

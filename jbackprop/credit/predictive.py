@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from jbackprop.credit.chain import (
     check_chain,
@@ -26,11 +25,11 @@ from jbackprop.credit.rule import (
     check_count,
     check_positive,
     keep,
-    largest_entry,
     taken_apart,
     widened,
 )
-from jbackprop.factored import PyTree, wide_dtype
+from jbackprop.credit.settling import largest, norm, settle, share
+from jbackprop.factored import PyTree
 from jbackprop.sweep import Node, batch_size
 
 
@@ -122,28 +121,17 @@ class PredictiveCoding(Rule):
             hidden = [p - v for p, v in zip(predicted[:-1], activities, strict=True)]
             return [*hidden, loss.delta(predicted[-1], y)], traces
 
-        def slopes(activities: list[Array]) -> tuple[list[Array], Array]:
-            """dF/dv, and its size in the unit where it is largest beside what it is made of."""
+        def ways(activities: list[Array]) -> tuple[list[Array], Array]:
+            """-dF/dv, and its size in the unit where it is largest beside what it is made of."""
             deltas, traces = errors(activities)
             parts = list(zip(chain, own, traces, deltas, strict=True))[1:]
             back = [unit_backward(*part, nothing)[0] for part in parts]
             pairs = list(zip(back, deltas[:-1], strict=True))
-            found = [b - d for b, d in pairs]
+            found = [d - b for b, d in pairs]
             sizes = [jnp.maximum(norm(b), norm(d)) for b, d in pairs]
             return found, largest(share(norm(s), n) for s, n in zip(found, sizes, strict=True))
 
-        def more(carry: Any) -> Array:
-            _, i, _, residual = carry
-            return (i < self.steps) & ~(residual <= self.tolerance)
-
-        def step(carry: Any) -> Any:
-            activities, i, slope, _ = carry
-            activities = [v - self.rate * s for v, s in zip(activities, slope, strict=True)]
-            return activities, i + 1, *slopes(activities)
-
-        activities, taken, _, residual = lax.while_loop(
-            more, step, (start, jnp.asarray(0), *slopes(start))
-        )
+        activities, taken, residual = settle(ways, start, self.rate, self.steps, self.tolerance)
         deltas, traces = errors(activities)
         swept = zip(chain, own, traces, deltas, strict=True)
         kept = [unit_backward(*part, keep)[1] for part in swept]
@@ -157,22 +145,3 @@ class PredictiveCoding(Rule):
 def nothing(factored: PyTree, delta: Any, aux: Any) -> PyTree:
     """Collect nothing."""
     return ()
-
-
-def share(part: Array, whole: Array) -> Array:
-    """One norm over another; 0 for 0 / 0, NaN where one of them is not finite."""
-    found = part / jnp.maximum(whole, jnp.finfo(whole.dtype).tiny)
-    return jnp.where(jnp.isfinite(whole), found, jnp.nan)
-
-
-def norm(a: Array) -> Array:
-    """The root of the sum of squares, which do not overflow and do not underflow."""
-    a = a.astype(wide_dtype(a.dtype)).reshape(-1)
-    size = largest_entry(a)
-    return size[0] * jnp.linalg.norm(a / size)
-
-
-def largest(numbers: Iterable[Array]) -> Array:
-    """The largest; 0 if there are none, NaN if there is one among them."""
-    found = list(numbers)
-    return jnp.max(jnp.stack(found)) if found else jnp.zeros(())

@@ -260,12 +260,3 @@ def widened(tree: PyTree) -> PyTree:
         return v.astype(wide_dtype(v.dtype)) if jnp.issubdtype(v.dtype, jnp.floating) else v
 
     return jax.tree.map(of, tree)
-
-
-def largest_entry(u: Array) -> Array:
-    """The largest size of an entry along the last axis, (..., 1): to divide by before one squares.
-
-    It and its reciprocal are normal numbers: XLA may multiply by that.
-    """
-    tiny = jnp.finfo(u.dtype).tiny
-    return jnp.clip(jnp.max(jnp.abs(u), axis=-1, keepdims=True, initial=0), tiny, 1 / tiny)
