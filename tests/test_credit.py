@@ -65,6 +65,14 @@ NETS = {
     ),
     "tied": (jb.Tied(jb.Embedding(3, 4), jb.Sequential(jb.Positions(5, 4), jb.Dense(4, 4), jb.Tanh())), (2, 5)),
     "dropout": (jb.Sequential(jb.Dense(6, 5), jb.Tanh(), jb.Dropout(0.3), jb.Dense(5, 4), jb.Dense(4, 3)), (4, 6)),
+    "transposed": (
+        jb.Sequential(
+            jb.Conv(1, 2, (3, 3)), jb.ConvTranspose(2, 3, (3, 3), stride=(2, 2)), jb.Tanh(), jb.Flatten(),
+            jb.Dense(3 * 12 * 12, 3),
+        ),
+        (3, 6, 6, 1),
+    ),
+    "tokens": (jb.transformer(vocab=3, width=4, depth=1, heads=2, length=5), (2, 5)),
 }  # fmt: skip
 
 
@@ -174,8 +182,11 @@ def test_the_true_weights_as_feedback_give_backpropagation(name):
     assert_same(info.outputs, bp.outputs)
 
 
-@pytest.mark.parametrize("name", [name for name in NETS if name not in ("recurrent", "tied")])
-@pytest.mark.parametrize("rule", TRANSPORTED[:1] + TRANSPORTED[3:4], ids=repr)
+WRITTEN = [(name, TRANSPORTED[0]) for name in NETS if name not in ("recurrent", "tied")]
+WRITTEN += [("perceptron", TRANSPORTED[3]), ("convolutions", TRANSPORTED[3])]
+
+
+@pytest.mark.parametrize(("name", "rule"), WRITTEN, ids=str)
 def test_feedback_weights_against_autodiff(name, rule):
     """(Through time, and through a tied table, what `transport` does has tests of its own.)"""
     net, params, x, y = problem(name)
@@ -186,8 +197,15 @@ def test_feedback_weights_against_autodiff(name, rule):
     assert_close(grads, truth, zero=1e-14)
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("rule", [*TRANSPORTED, credit.DirectFeedbackAlignment(), credit.DirectRandomTargetProjection()], ids=repr)  # fmt: skip
+DIRECT = [credit.DirectFeedbackAlignment(), credit.DirectRandomTargetProjection()]
+BY_TURNS = [
+    (name, rule)
+    for i, name in enumerate(NETS)
+    for rule in (TRANSPORTED[0], TRANSPORTED[1 + i % 5], *DIRECT)
+] + [("perceptron", rule) for rule in TRANSPORTED[2:]]
+
+
+@pytest.mark.parametrize(("name", "rule"), BY_TURNS, ids=str)
 def test_no_rule_is_backpropagation_in_disguise(name, rule):
     """Layers before the last weights differ from backpropagation; the last agrees with it."""
     if name == "width 1" and rule == credit.SignSymmetry("uniform"):
@@ -318,19 +336,6 @@ def test_kolen_pollack_without_decay_never_meets():
     params = optax.apply_updates(params, updates)
     for now, then in zip(difference(rule, state, params), before, strict=True):
         assert relative(now, then) < 1e-14
-
-
-NETS["transposed"] = (
-    jb.Sequential(
-        jb.Conv(1, 2, (3, 3)), jb.ConvTranspose(2, 3, (3, 3), stride=(2, 2)), jb.Tanh(), jb.Flatten(),
-        jb.Dense(3 * 12 * 12, 3),
-    ),
-    (3, 6, 6, 1),
-)  # fmt: skip
-NETS["tokens"] = (
-    jb.transformer(vocab=3, width=4, depth=1, heads=2, length=5),
-    (2, 5),
-)
 
 
 @pytest.mark.parametrize("name", ["perceptron", "scanned", "convolutions", "skips", "transposed"])
