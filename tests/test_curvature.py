@@ -1,6 +1,8 @@
 """Second derivatives: against explicit Jacobians and Hessians in float64, and against peers."""
 
+import dataclasses
 import functools
+import itertools
 import operator
 from pathlib import Path
 
@@ -10,12 +12,13 @@ import lineax
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from truth import each_grad, relative, rows
+from truth import each_grad, mean_cost, relative, rows
 
 import jbackprop as jb
 from jbackprop import catalogue, structure
 from jbackprop import curvature as cv
 from jbackprop.curvature.sweeps import pairs_of
+from jbackprop.layers.recurrent import Recurrent
 
 pytestmark = pytest.mark.newest
 TRUTHS = Path(__file__).parent / "torch_truth"
@@ -76,8 +79,22 @@ def jacobian(outputs, params):
     return found.reshape(found.shape[0], -1, vector.size)
 
 
+def by_autodiff(net, loss, params, x, y, key=None):
+    """The dense Gauss-Newton matrix and Hessian."""
+
+    @jax.jit
+    def both(params, x, y):
+        vector, back = ravel_pytree(params)
+        j = jacobian(lambda p: jb.forward(net, p, x, key)[0], params)
+        h = loss_hessian(loss, jb.forward(net, params, x, key)[0], y)
+        return j, h, jax.hessian(lambda v: mean_cost(net, loss, back(v), x, y, key))(vector)
+
+    j, h, hessian = map(np.asarray, both(params, x, y))
+    return dense_ggn(j, h), hessian
+
+
 def dense_ggn(j, h):
-    return jnp.einsum("nap,nab,nbr->pr", j, h, j) / len(j)
+    return np.einsum("nap,nar->pr", j, np.einsum("nab,nbr->nar", h, j), optimize=True) / len(j)
 
 
 def blocks_of(net, params):
@@ -104,65 +121,12 @@ def blocks_of(net, params):
 # Every small net of the table.
 
 
-def everything(case, params, x, y, vectors):
-    net, loss = case.net, case.loss
-    j = jacobian(lambda p: jb.forward(net, p, x)[0], params)
-    z = jb.forward(net, params, x)[0]
-    vector, back = ravel_pytree(params)
-    one = jax.tree.map(lambda v: v[:1], (x, y))
-    corrected = cv.ekfac(net, loss, params, x, y, cv.Exact())
-    found = {
-        "j": j,
-        "h": loss_hessian(loss, z, y),
-        "hessian": jax.hessian(lambda v: jnp.mean(loss.value(jb.forward(net, back(v), x)[0], y)))(
-            vector
-        ),
-        "diagonal": flat(cv.diag_ggn(net, loss, params, x, y)),
-        "each": flats(cv.diag_ggn(net, loss, params, x, y, per_example=True)),
-        "trace": cv.trace_ggn(net, loss, params, x, y),
-        "ggn": flats(cv.ggn_product(net, loss, params, x, y, vectors)),
-        "hessian product": flats(cv.hessian_product(net, loss, params, x, y, vectors)),
-        "blocks": flats(cv.ggn_block_product(net, loss, params, x, y, vectors)),
-        "root": jax.vmap(flats)(cv.ggn_root(net, loss, params, x, y)),
-        "ekfac trace": corrected.trace(),
-    }
-    if isinstance(case.rule, jb.Composite | jb.losses.Loss):
-        found["propagated"] = flat(cv.diag_hessian(net, loss, params, x, y, chunk=5))
-    else:
-        found["in chunks"] = flat(cv.diag_ggn(net, loss, params, x, y, chunk=2))
-    if kfac_is_exact(case):
-        found["kfac"] = flats(cv.kfac(net, loss, params, *one, cv.Exact()).product(vectors))
-    return found
-
-
-@named(LEARNING)
-def test_every_net_against_its_dense_matrices(case):
-    params, x, y = case.params, case.x, case.y
-    vector, back = ravel_pytree(params)
-    v = jax.random.normal(jax.random.key(1), (2, vector.size), vector.dtype)
-    found = jax.jit(functools.partial(everything, case))(params, x, y, jax.vmap(back)(v))
-    mask = np.asarray(learns(case.net, params))
-    v = np.asarray(v) * mask
-    j, h = np.asarray(found["j"]) * mask, np.asarray(found["h"])
-    ggn = np.asarray(dense_ggn(j, h))
-    assert relative(found["diagonal"], np.diag(ggn)) < 1e-10
-    assert relative(found.get("in chunks", np.diag(ggn)), np.diag(ggn)) < 1e-10
-    assert relative(found["each"], np.einsum("nap,nab,nbp->np", j, h, j)) < 1e-10
-    assert relative(found["trace"], np.trace(ggn)) < 1e-10
-    assert relative(found["ekfac trace"], np.trace(ggn)) < 1e-10
-    assert relative(found["ggn"], v @ ggn) < 1e-10
-    hessian = np.asarray(found["hessian"]) * np.outer(mask, mask)
-    assert relative(found["hessian product"], v @ hessian) < 1e-10
-    if "propagated" in found:
-        assert relative(found["propagated"], np.diag(hessian)) < 1e-10
-    ids = blocks_of(case.net, params)
-    blocks = ggn * (ids[:, None] == ids[None])
-    assert relative(found["blocks"], v @ blocks) < 1e-10
-    root = np.asarray(found["root"]).reshape(-1, vector.size)
-    assert relative(root.T @ root, ggn) < 1e-10
-    if "kfac" in found:
-        one = np.asarray(dense_ggn(j[:1], h[:1]))
-        assert relative(found["kfac"], v @ (one * (ids[:, None] == ids[None]))) < 1e-10
+TURNS = (
+    ("root", "ekfac trace", "kfac"),
+    ("diagonal", "trace", "hessian product", "propagated"),
+    ("each", "ggn", "blocks", "in chunks"),
+)
+"""What is asked of every net, in three parts."""
 
 
 def kfac_is_exact(case):
@@ -173,6 +137,85 @@ def kfac_is_exact(case):
             return False
     pairs = pairs_of(case.net, params, catalogue._shapes(case.inputs, case.batch))
     return all(getattr(p, "delta", np.zeros((0, 0, 2))).shape[2] == 1 for p in pairs)
+
+
+def in_turns():
+    """Everything of layers and small composites: they have every kind of pair, and every way to it.
+
+    Of the others a third, by turns: of large composites, which are made of these; of recurrent
+    layers, whose pairs are those of a `Dense` with positions; and of losses, whose roots are tested
+    alone, with what is not asked of their roots.
+    """
+    every = {name for turn in TURNS for name in turn}
+    turns = {kind: itertools.cycle(map(set, TURNS)) for kind in ("loss", "recurrent", "large")}
+    for case in LEARNING:
+        composite, loss = (isinstance(case.rule, kind) for kind in (jb.Composite, jb.losses.Loss))
+        if loss:
+            asked = next(turns["loss"]) | {"ggn", "hessian product"}
+        elif isinstance(case.rule, Recurrent):
+            asked = next(turns["recurrent"])
+        elif composite and len(list(structure.walk(case.net))) > 4:
+            asked = next(turns["large"])
+        else:
+            asked = every
+        asked = asked - ({"in chunks"} if composite or loss else {"propagated"})
+        asked = asked if kfac_is_exact(case) else asked - {"kfac"}
+        yield pytest.param(case, asked, id=case.name)
+
+
+def everything(case, asked, params, x, y, vectors):
+    """What is asked, and Jacobian, the costs' Hessians, and where it is needed the Hessian."""
+    net, loss = case.net, case.loss
+    at = net, loss, params, x, y
+    vector, back = ravel_pytree(params)
+    one = jax.tree.map(lambda v: v[:1], (x, y))
+    questions = {
+        "diagonal": lambda: flat(cv.diag_ggn(*at)),
+        "in chunks": lambda: flat(cv.diag_ggn(*at, chunk=2)),
+        "each": lambda: flats(cv.diag_ggn(*at, per_example=True)),
+        "trace": lambda: cv.trace_ggn(*at),
+        "ekfac trace": lambda: cv.ekfac(*at, cv.Exact()).trace(),
+        "ggn": lambda: flats(cv.ggn_product(*at, vectors)),
+        "hessian product": lambda: flats(cv.hessian_product(*at, vectors)),
+        "propagated": lambda: flat(cv.diag_hessian(*at, chunk=5)),
+        "blocks": lambda: flats(cv.ggn_block_product(*at, vectors)),
+        "root": lambda: jax.vmap(flats)(cv.ggn_root(*at)),
+        "kfac": lambda: flats(cv.kfac(net, loss, params, *one, cv.Exact()).product(vectors)),
+    }
+    j = jacobian(lambda p: jb.forward(net, p, x)[0], params)
+    h = loss_hessian(loss, jb.forward(net, params, x)[0], y)
+    hessian = None
+    if "hessian product" in asked:
+        hessian = jax.hessian(lambda v: mean_cost(net, loss, back(v), x, y))(vector)
+    return {name: ask() for name, ask in questions.items() if name in asked}, j, h, hessian
+
+
+@pytest.mark.parametrize(("case", "asked"), list(in_turns()))
+def test_every_net_against_its_dense_matrices(case, asked):
+    params, x, y = case.params, case.x, case.y
+    vector, back = ravel_pytree(params)
+    v = jax.random.normal(jax.random.key(1), (2, vector.size), vector.dtype)
+    program = jax.jit(functools.partial(everything, case, asked))
+    found, j, h, hessian = program(params, x, y, jax.vmap(back)(v))
+    mask = np.asarray(learns(case.net, params))
+    v = np.asarray(v) * mask
+    j, h = np.asarray(j) * mask, np.asarray(h)
+    ggn, one = (dense_ggn(j[:n], h[:n]) for n in (len(j), 1))
+    hessian = np.zeros_like(ggn) if hessian is None else np.asarray(hessian) * np.outer(mask, mask)
+    ids = blocks_of(case.net, params)
+    same = ids[:, None] == ids[None]
+    due = {
+        "diagonal": np.diag(ggn), "in chunks": np.diag(ggn), "trace": np.trace(ggn),
+        "each": np.einsum("nap,nab,nbp->np", j, h, j), "ekfac trace": np.trace(ggn),
+        "ggn": v @ ggn, "hessian product": v @ hessian, "propagated": np.diag(hessian),
+        "blocks": v @ (ggn * same), "root": ggn, "kfac": v @ (one * same),
+    }  # fmt: skip
+    if "root" in found:
+        root = np.asarray(found["root"]).reshape(-1, vector.size)
+        found["root"] = root.T @ root
+    assert found.keys() == asked
+    for name, answer in found.items():
+        assert relative(answer, due[name]) < 1e-10, name
 
 
 def test_kfac_is_tried_where_it_is_exact():
@@ -200,7 +243,7 @@ def test_the_propagated_diagonal_behind_what_bends(layer, shape):
     @jax.jit
     def both(params, x, y):
         loss = jb.SquaredError()
-        dense = jax.hessian(lambda v: jnp.mean(loss.value(jb.forward(net, back(v), x)[0], y)))
+        dense = jax.hessian(lambda v: mean_cost(net, loss, back(v), x, y))
         return dense(flat(params)), flat(cv.diag_hessian(net, loss, params, x, y))
 
     dense, found = both(params, x, y)
@@ -224,12 +267,9 @@ def problem():
 def matrices(problem):
     """The dense Gauss-Newton matrix and Hessian, and the empirical Fisher matrix."""
     net, loss, params, x, y = problem
-    vector, back = ravel_pytree(params)
-    j = jacobian(lambda p: jb.forward(net, p, x)[0], params)
-    ggn = dense_ggn(j, loss_hessian(loss, jb.forward(net, params, x)[0], y))
-    hessian = jax.hessian(lambda v: jnp.mean(loss.value(jb.forward(net, back(v), x)[0], y)))
-    g = rows(each_grad(net, loss, params, x, y))
-    return np.asarray(ggn), np.asarray(hessian(vector)), g.T @ g / len(g)
+    ggn, hessian = by_autodiff(net, loss, params, x, y)
+    g = rows(jax.jit(functools.partial(each_grad, net, loss))(params, x, y))
+    return ggn, hessian, g.T @ g / len(g)
 
 
 def model(params, x):
@@ -290,29 +330,38 @@ def test_random_deltas_converge_at_the_known_rate(problem, name):
 
 
 @pytest.mark.parametrize("kind", ["net", "function"])
-@pytest.mark.parametrize("at_once", [1, 2**10])
-def test_portions_of_examples_and_of_deltas_change_nothing(monkeypatch, kind, at_once):
+def test_portions_of_examples_and_of_deltas_change_nothing(monkeypatch, kind):
     """11 examples by 8 and 3, their deltas one by one; and 4, 4 and 3 with all of their deltas."""
     net, x, y = jb.mlp([4, 6, 4], jb.Tanh()), jnp.ones((11, 5, 4)), jnp.ones((11, 5), int)
     params, vector = (net.init(jax.random.key(k)) for k in (0, 1))
     x = x * jax.random.normal(jax.random.key(2), x.shape)
     model = net if kind == "net" else lambda params, x: jb.forward(net, params, x[None])[0][0]
 
-    def ask(params, x):
-        batch = (model, jb.SoftmaxCrossEntropy(), params, x, y, cv.Exact())
-        return [
-            cv.diag_ggn(*batch), cv.trace_ggn(*batch), cv.kfac(*batch),
-            cv.ekfac(*batch).product(vector), cv.ggn_block_product(*batch[:5], vector),
-            cv.diag_ggn(*batch, per_example=True), cv.kfac(*batch, chunk=2),
-        ]  # fmt: skip
+    @dataclasses.dataclass(frozen=True)
+    class Once(jb.SoftmaxCrossEntropy):
+        """Of another name: nothing that was traced before is taken."""
 
-    due = jax.jit(ask)(params, x)
-    monkeypatch.setattr("jbackprop.curvature.sweeps.AT_ONCE", at_once)
-    monkeypatch.setattr("jbackprop.curvature.sweeps.FEW", 8 if at_once == 1 else 4)
-    jax.clear_caches()
-    found = jax.jit(lambda *both: ask(*both))(params, x)
-    jax.clear_caches()
-    assert all(relative(*map(flat, both)) < 1e-12 for both in zip(found, due, strict=True))
+        name: str = ""
+
+    def ask(name):
+        def every(params, x):
+            batch = (model, Once(name=name), params, x, y, cv.Exact())
+            return [
+                cv.diag_ggn(*batch), cv.trace_ggn(*batch), cv.kfac(*batch),
+                cv.ekfac(*batch).product(vector), cv.ggn_block_product(*batch[:5], vector),
+                cv.diag_ggn(*batch, per_example=True),
+                *([cv.kfac(*batch, chunk=2)] if name else []),
+            ]  # fmt: skip
+
+        return jax.jit(every)(params, x)
+
+    due = ask("")
+    for at_once, few in ((1, 8), (2**10, 4)):
+        monkeypatch.setattr("jbackprop.curvature.sweeps.AT_ONCE", at_once)
+        monkeypatch.setattr("jbackprop.curvature.sweeps.FEW", few)
+        found = ask(f"{at_once}")
+        for both in zip(found, [*due, due[2]], strict=True):
+            assert relative(*map(flat, both)) < 1e-12
 
 
 def test_a_product_of_random_deltas_converges(problem, matrices):
@@ -526,10 +575,12 @@ def test_a_joint_bias_has_the_delta_of_its_matrix():
     joined = 0
     for case in LEARNING:
         if isinstance(case.rule, jb.Layer) and case.net is case.rule:
-            bp = jb.backprop(case.net, case.loss, case.params, case.x, case.y)
-            blocks = cv.kfac(case.net, case.loss, case.params, case.x, case.y, cv.Exact()).blocks
+            at = case.params, case.x, case.y
+            ask = functools.partial(cv.kfac, case.net, case.loss, roots=cv.Exact())
+            blocks = jax.eval_shape(ask, *at).blocks
             if any(len(block.where.leaves) == 2 for block in blocks.values()):
                 joined += 1
+                bp = jax.jit(functools.partial(jb.backprop, case.net, case.loss))(*at)
                 w, b = bp.factored["w"], bp.factored["b"]
                 assert relative(np.ravel(w.delta), np.ravel(b.delta)) == 0
     assert joined > 5
@@ -681,8 +732,7 @@ def test_a_batch_norm_is_refused_by_name_but_its_products_are_not():
     for ask in (cv.diag_ggn, cv.kfac, cv.trace_ggn, cv.diag_hessian, cv.ggn_root):
         with pytest.raises(ValueError, match=r"BatchNorm.*fold_batch_norm"):
             ask(net, loss, params, x, y, key=jax.random.key(0))
-    vector, back = ravel_pytree(params)
-    hessian = jax.hessian(lambda v: jnp.mean(loss.value(jb.forward(net, back(v), x)[0], y)))(vector)
+    _, hessian = by_autodiff(net, loss, params, x, y)
     found = flats(cv.hessian_product(net, loss, params, x, y, units(params)))
     assert relative(found, hessian) < 1e-10
 
@@ -692,14 +742,7 @@ def test_one_key_is_one_network(problem):
     net = jb.Sequential(jb.Dense(4, 6), jb.Dropout(0.5), jb.Tanh(), jb.Dense(6, 3))
     params, key = net.init(jax.random.key(0)), jax.random.key(9)
     _, loss, _, x, y = problem
-    vector, back = ravel_pytree(params)
-
-    def cost(v):
-        return jnp.mean(loss.value(jb.forward(net, back(v), x, key)[0], y))
-
-    j = jacobian(lambda p: jb.forward(net, p, x, key)[0], params)
-    ggn = dense_ggn(j, loss_hessian(loss, jb.forward(net, params, x, key)[0], y))
-    hessian = jax.hessian(cost)(vector)
+    ggn, hessian = by_autodiff(net, loss, params, x, y, key)
     batch, every = (net, loss, params, x, y), units(params)
     assert relative(flats(cv.hessian_product(*batch, every, key=key)), hessian) < 1e-12
     assert relative(flats(cv.ggn_product(*batch, every, key=key)), ggn) < 1e-12

@@ -1,5 +1,6 @@
 """Questions about single examples of every rule in the table, against vmap(jax.grad)."""
 
+import itertools
 from collections import OrderedDict
 
 import jax
@@ -45,6 +46,20 @@ def axes_of(axes, path):
     return max((n for shown, n in axes.items() if shown == path), default=0)
 
 
+def in_turns():
+    """Everything of layers and small composites, of whose kinds of pairs all else is made.
+
+    Of losses, which make deltas alone, and of deep composites some of it. Whether pairs are kept or
+    a second sweep is asked is tried by turns: a small composite always keeps them.
+    """
+    turns = {deep: itertools.cycle([True, False]) for deep in (True, False)}
+    for case in CASES:
+        deep, loss = is_deep(case), isinstance(case.rule, jb.losses.Loss)
+        later = isinstance(case.rule, jb.Composite) and next(turns[deep])
+        kept = not (deep and later)
+        yield pytest.param(case, kept, later, deep or loss, id=case.name)
+
+
 def ask(bp, vectors, weights, deep):
     """Everything at once, as one program is cheaper than many; of deep nets some of it."""
     found = {
@@ -65,10 +80,12 @@ def ask(bp, vectors, weights, deep):
     }
 
 
-def ask_later(bp, deep):
+def ask_later(bp):
     """What nobody keeps pairs for, two examples at a time."""
-    found = {} if deep else {"flat": pe.clipped_gradient(bp, 0.7, microbatch=2).gradient}
-    return found | {"layers": pe.norms(bp, per_layer=True, microbatch=2)}
+    return {
+        "flat": pe.clipped_gradient(bp, 0.7, microbatch=2).gradient,
+        "layers": pe.norms(bp, per_layer=True, microbatch=2),
+    }
 
 
 def truth(case, each, vectors, weights):
@@ -108,19 +125,16 @@ def truth(case, each, vectors, weights):
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_question_is_that_of_vmap_grad(case):
-    rng, deep = np.random.default_rng(case.seed), is_deep(case)
+@pytest.mark.parametrize(("case", "kept", "later", "few"), list(in_turns()))
+def test_every_question_is_that_of_vmap_grad(case, kept, later, few):
+    rng = np.random.default_rng(case.seed)
     vectors = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape)), case.params)
 
     @jax.jit
     def asked(params, x, y, vectors):
-        bp = jb.backprop(case.net, case.loss, params, x, y)
-        later = pe.deferred(case.net, case.loss, params, x, y)
-        each = each_grad(case.net, case.loss, params, x, y)
-        alone = isinstance(case.net, jb.Layer)  # of one layer the sweep is that of backprop
-        parts = {} if alone else ask_later(later, deep)
-        return ask(bp, vectors, jnp.asarray(W), deep), parts, each
+        at = case.net, case.loss, params, x, y
+        found = ask(jb.backprop(*at), vectors, jnp.asarray(W), few) if kept else {}
+        return found, ask_later(pe.deferred(*at)) if later else {}, each_grad(*at)
 
     *answers, each = asked(case.params, case.x, case.y, vectors)
     each = jax.tree.map(np.asarray, each)
@@ -128,9 +142,9 @@ def test_every_question_is_that_of_vmap_grad(case):
     for found, due in zip(answers, dues, strict=True):
         for name in found.keys() - {"cosine", "scale", "gram"}:
             assert_close(found[name], due[name], 1e-12, zero=1e-14)
-    if deep:
+    if few:
         return
-    kept, due = answers[0], dues[0]
-    np.testing.assert_allclose(kept["cosine"], due["cosine"], atol=1e-12)
-    np.testing.assert_allclose(kept["scale"], due["scale"], rtol=1e-10, atol=1e-13)
-    assert relative(kept["gram"], due["gram"]) < 1e-12
+    found, due = answers[0], dues[0]
+    np.testing.assert_allclose(found["cosine"], due["cosine"], atol=1e-12)
+    np.testing.assert_allclose(found["scale"], due["scale"], rtol=1e-10, atol=1e-13)
+    assert relative(found["gram"], due["gram"]) < 1e-12

@@ -33,22 +33,22 @@ def own(case):
     return case.params if case.net is case.rule else case.params[0]
 
 
-def traced(case, x=None, key=None):
-    """The rule's trace and a random delta."""
+def trace_of(case, params, x, key=None):
+    y, saved = jb.forward(case.rule, params, x, key)
+    return case.rule.trace(x, y, saved)
 
-    @jax.jit
-    def of(params, x, key):
-        y, saved = jb.forward(case.rule, params, x, key)
-        return case.rule.trace(x, y, saved), random_like(y, len(case.name))
 
-    return of(own(case), case.x if x is None else x, key)
+def delta_of(case):
+    """A random delta of the rule's output."""
+    y = jax.eval_shape(lambda p, x: jb.forward(case.rule, p, x)[0], own(case), case.x)
+    return random_like(y, len(case.name))
 
 
 def random_like(tree, seed):
     """Numbers for the floating-point leaves; None for the others."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda v: jnp.asarray(rng.standard_normal(v.shape), v.dtype) if is_float(v) else None, tree
+        lambda v: rng.standard_normal(v.shape).astype(v.dtype) if is_float(v) else None, tree
     )
 
 
@@ -71,14 +71,20 @@ def op_by_op():
 def in_dtypes():
     """The widest; leaves also in one of the others, by turns, small composites in the coarsest.
 
-    Deep composites are tried in the widest only: in 16 bits jax.grad itself loses too much there.
-    On the oldest JAX, the leaves and a third of the small composites.
+    Half of the composites, by turns: deep ones in the widest alone, as in 16 bits jax.grad itself
+    loses too much there, and small ones also in 16 bits. The gradients of the other deep ones are
+    those of test_per_example_rules.py. On the oldest JAX, the leaves and a third of the small
+    composites.
     """
     turns = itertools.cycle(["bfloat16", "float32", "float16"])
+    halves = {deep: itertools.cycle([True, False]) for deep in (True, False)}
     for i, case in enumerate(CASES):
-        leaf = not isinstance(case.rule, jb.Composite)
-        coarse = [next(turns)] if leaf else [] if is_deep(case) else ["bfloat16"]
-        marks = () if leaf or (i % 3 == 0 and not is_deep(case)) else pytest.mark.newest
+        leaf, deep = not isinstance(case.rule, jb.Composite), is_deep(case)
+        asked = leaf or next(halves[deep])
+        if deep and not asked:
+            continue
+        coarse = [next(turns)] if leaf else ["bfloat16"] if asked and not deep else []
+        marks = () if leaf or (i % 3 == 0 and not deep) else pytest.mark.newest
         yield pytest.param(case, "float64", marks=marks, id=f"float64-{case.name}")
         for dtype in coarse:
             yield pytest.param(case, dtype, marks=pytest.mark.newest, id=f"{dtype}-{case.name}")
@@ -98,15 +104,15 @@ def test_agrees_with_autodiff_in_float64(case, dtype):
 def test_value_and_gradient_are_those_of_jax_grad(case):
     """Random draws included, and a third of the others; layers and losses outside jit."""
     at = case.x, case.y
-    truth = jax.value_and_grad(
-        lambda p: mean_cost(case.net, case.loss, p, *at, case.key),
-    )
+    truth = jax.value_and_grad(lambda p, x, y: mean_cost(case.net, case.loss, p, x, y, case.key))
     found = functools.partial(jb.value_and_grad(case.net, case.loss), key=case.key)
     if isinstance(case.rule, jb.Composite):
-        assert_close(jax.jit(found)(case.params, *at), jax.jit(truth)(case.params), zero=1e-14)
+        both = jax.jit(lambda *at: (found(*at), truth(*at)))(case.params, *at)
+        assert_close(*both, zero=1e-14)
         return
+    due = jax.jit(truth)(case.params, *at)
     with jax.disable_jit():
-        assert_close(found(case.params, *at), truth(case.params), zero=1e-14)
+        assert_close(found(case.params, *at), due, zero=1e-14)
 
 
 @pytest.mark.newest
@@ -130,10 +136,9 @@ SHIPPED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": T
 @named([case for case in CASES if not isinstance(case.rule, jb.Composite)])
 def test_compiled_as_for_users_it_is_the_same(case):
     """Composites are tried so layer by layer."""
-    call = jb.value_and_grad(case.net, case.loss)
     args = case.params, case.x, case.y, None, case.key
-    slow = jax.jit(call)(*args)
-    found = jax.jit(call).lower(*args).compile(compiler_options=SHIPPED)(*args)
+    program = jax.jit(jb.value_and_grad(case.net, case.loss)).lower(*args)
+    slow, found = (program.compile(options)(*args) for options in (None, SHIPPED))
     assert_close(found, slow, 1e-13, zero=1e-15)
 
 
@@ -172,44 +177,42 @@ def test_per_example_questions_are_those_of_vmap_grad(case):
 @pytest.mark.newest
 @named(LEAVES)
 def test_backward_is_linear_in_delta(case):
-    trace, delta = traced(case)
-
     @jax.jit
-    def collected(delta):
-        return jb.backward(case.rule, own(case), trace, delta, sweep.total)
+    def collected(params, x, delta):
+        return jb.backward(case.rule, params, trace_of(case, params, x), delta, sweep.total)
 
-    zeros = collected(jax.tree.map(jnp.zeros_like, delta))
-    assert all(not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(zeros))
-    other = jax.tree.map(lambda d: jnp.flip(d, 0), delta)
-    combined = collected(jax.tree.map(lambda a, b: 2 * a - 3 * b, delta, other))
-    separate = jax.tree.map(lambda a, b: 2 * a - 3 * b, collected(delta), collected(other))
-    assert_same(combined, separate)
+    def of(delta):
+        return jax.tree.map(np.asarray, collected(own(case), case.x, delta))
+
+    delta = delta_of(case)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(of(jax.tree.map(np.zeros_like, delta))))
+    other = jax.tree.map(lambda d: np.flip(d, 0), delta)
+    combined = of(jax.tree.map(lambda a, b: 2 * a - 3 * b, delta, other))
+    assert_same(combined, jax.tree.map(lambda a, b: 2 * a - 3 * b, of(delta), of(other)))
 
 
 @pytest.mark.newest
 @named([case for case in RULES if not is_deep(case)])
 def test_adjoint_identity(case):
     """<J v, u> = <v, J^T u> for the Jacobian of the rule at its input and its parameters."""
-    trace, u = traced(case)
-    point = own(case), case.x
+    point, u = (own(case), case.x), delta_of(case)
     v = random_like(point, 1)
 
-    def along(moving):
-        moved = jax.tree.map(lambda p, m: p if m is None else m, point, moving)
-        return [y for y in jax.tree.leaves(jb.forward(case.rule, *moved)[0]) if is_float(y)]
-
-    moving = jax.tree.map(lambda p: p if is_float(p) else None, point)
-
     @jax.jit
-    def both(moving, v, trace, u):
-        return jax.jvp(along, (moving,), (v,))[1], jb.backward(
-            case.rule, own(case), trace, u, sweep.total
-        )
+    def both(point, v, u):
+        def along(moving):
+            moved = jax.tree.map(lambda p, m: p if m is None else m, point, moving)
+            return [y for y in jax.tree.leaves(jb.forward(case.rule, *moved)[0]) if is_float(y)]
 
-    jv, (delta_x, gradients) = both(moving, v, trace, u)
-    there = [j * d for j, d in zip(jv, jax.tree.leaves(u), strict=True)]
-    back = zip(jax.tree.leaves(v), jax.tree.leaves((gradients, delta_x)), strict=True)
-    here = [d * g for d, g in back]
+        moving = jax.tree.map(lambda p: p if is_float(p) else None, point)
+        delta_x, gradients = jb.backward(
+            case.rule, point[0], trace_of(case, *point), u, sweep.total
+        )
+        return jax.jvp(along, (moving,), (v,))[1], (gradients, delta_x)
+
+    jv, back = both(point, v, u)
+    there = [np.asarray(j) * d for j, d in zip(jv, jax.tree.leaves(u), strict=True)]
+    here = [d * np.asarray(g) for d, g in zip(*map(jax.tree.leaves, (v, back)), strict=True)]
     size = sum(float(np.sum(np.abs(term))) for term in there)
     assert abs(sum(map(np.sum, there)) - sum(map(np.sum, here))) <= 1e-13 * size
 
@@ -218,15 +221,15 @@ def test_adjoint_identity(case):
 @named([case for case in ALONE if not is_deep(case)])
 def test_vmap_over_the_batch_equals_a_loop(case):
     @jax.jit
-    def answers(x, delta):
-        trace, _ = traced(case, x)
-        delta_x, factored = jb.backward(case.rule, own(case), trace, delta, sweep.keep)
+    def answers(params, x, delta):
+        trace = trace_of(case, params, x)
+        delta_x, factored = jb.backward(case.rule, params, trace, delta, sweep.keep)
         return delta_x, jax.tree.map(lambda pair: pair.each(), factored, is_leaf=is_factored)
 
-    _, delta = traced(case)
-    of_all = answers(case.x, delta)
+    x, delta = jax.tree.map(np.asarray, case.x), delta_of(case)
+    of_all = jax.tree.map(np.asarray, answers(own(case), x, delta))
     for n in range(case.batch):
-        of_one = answers(*jax.tree.map(lambda v, n=n: v[n : n + 1], (case.x, delta)))
+        of_one = answers(own(case), *jax.tree.map(lambda v, n=n: v[n : n + 1], (x, delta)))
         assert_same(of_one, jax.tree.map(lambda v, n=n: v[n : n + 1], of_all))
 
 
@@ -241,7 +244,7 @@ def test_the_draw_of_the_way_back_is_that_of_the_way_there(case):
         assert np.any(y != again)
         assert np.any(y[0] != y[1])
     assert np.any(y != still) == (getattr(case.rule, "rate", 1) > 0)
-    trace, u = traced(case, x, case.key)
+    trace, u = trace_of(case, own(case), x, case.key), delta_of(case)
     _, jv = jax.jvp(lambda x: jb.forward(case.rule, own(case), x, case.key)[0], (x,), (x,))
     delta_x, _ = jb.backward(case.rule, own(case), trace, u, sweep.total)
     assert relative(jnp.sum(jv * u), jnp.sum(x * delta_x)) <= 1e-13
@@ -450,7 +453,7 @@ def test_a_mutated_rule_is_found(wrong, key):
 @pytest.mark.usefixtures("op_by_op")
 @named(ELEMENTWISE)
 def test_slope_is_what_backward_multiplies_with(case):
-    trace, delta = traced(case)
+    trace, delta = trace_of(case, own(case), case.x), delta_of(case)
     a = case.x if isinstance(case.rule, jb.Identity) else trace.y  # it reads neither
     slope = case.rule.slope(trace.x, a)
     assert slope.dtype == delta.dtype
