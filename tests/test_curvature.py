@@ -122,11 +122,12 @@ def blocks_of(net, params):
 
 
 TURNS = (
+    ("each", "ggn", "blocks", "in chunks"),
     ("root", "ekfac trace", "kfac"),
     ("diagonal", "trace", "hessian product", "propagated"),
-    ("each", "ggn", "blocks", "in chunks"),
 )
-"""What is asked of every net, in three parts."""
+"""What is asked of every net, in three parts; in this order a transformer and a resnet are asked
+for products with the Hessian."""
 
 
 def kfac_is_exact(case):
