@@ -143,7 +143,7 @@ def angle(u: Array, v: Array) -> Array:
     (2006), section 12.
     """
     u, v = (w / _norm(w)[..., None] for w in map(_scaled, (u, v)))
-    apart, along = (jnp.linalg.norm(w, axis=-1) for w in (u - v, u + v))
+    apart, along = _norm(u - v), _norm(u + v)
     return jnp.degrees(2 * jnp.arctan2(apart, along))
 
 

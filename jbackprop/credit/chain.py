@@ -153,6 +153,11 @@ def unit_backward(
     return delta, tuple(reversed(found))
 
 
+def nothing(factored: PyTree, delta: Any, aux: Any) -> PyTree:
+    """Collect nothing."""
+    return ()
+
+
 def unit_keys(net: Node, key: Array | None) -> list[Any]:
     """For each unit, a key for each of its links that draws."""
     found = iter(_keys(net, key))

@@ -154,11 +154,8 @@ class DirectFeedbackAlignment(Rule):
 
         saved = jax.tree.map(filled, trace.saved, is_leaf=lambda v: isinstance(v, _Slot))
         _, kept = backward(direct, both, trace._replace(saved=saved), delta, keep)
-        grads, deltas = taken_apart(net, rebuild(net, kept, unwrapped)[1])
-        if divisor != 1:
-            grads = jax.tree.map(lambda g: g / divisor, grads)
-        if scale is not None:
-            deltas = jax.tree.map(lambda d: d * n, deltas)
+        factor = 1 if scale is None else n
+        grads, deltas = taken_apart(net, rebuild(net, kept, unwrapped)[1], divisor, factor)
         return grads, Info(jnp.mean(losses), outputs, deltas)
 
     def error(self, loss: Loss, outputs: Array, y: Any, delta: Array, scale: float) -> Array:

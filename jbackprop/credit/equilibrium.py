@@ -17,13 +17,13 @@ from jbackprop.credit.chain import (
     activates,
     check_chain,
     join_units,
+    nothing,
     split_units,
     unit_backward,
     unit_forward,
     units,
     weighted,
 )
-from jbackprop.credit.predictive import nothing
 from jbackprop.credit.rule import (
     Info,
     Rule,
@@ -161,7 +161,7 @@ class EquilibriumPropagation(Rule):
             return found
 
         kept = jax.tree.map(lambda a, b: (a - b) / width, pairs(up), pairs(down))
-        grads, deltas = taken_apart(net, join_units(net, kept))
+        grads, deltas = taken_apart(net, join_units(net, kept), n)
         losses = loss.value(free[-1], y)
         extra = {
             "steps": steps,
@@ -169,7 +169,6 @@ class EquilibriumPropagation(Rule):
             "residual_up": residual_up,
             "residual_down": residual_down,
         }
-        grads = jax.tree.map(lambda g: g / n, grads)
         return grads, Info(jnp.mean(losses), free[-1], deltas, extra)
 
     def outputs(self, state: State, params: PyTree, x: Any) -> Any:
@@ -214,7 +213,7 @@ class EquilibriumPropagation(Rule):
         beta: float,
         most: int,
     ) -> tuple[list[Array], Array, Array]:
-        """Where s settles; how many steps that took, and how far the next one would go."""
+        """Where s settles; how many steps that took, and what is left of the way."""
 
         def far(s: list[Array]) -> tuple[list[Array], Array]:
             target = self._target(state, params, x, y, s, beta)

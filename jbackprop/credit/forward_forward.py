@@ -121,9 +121,8 @@ class ForwardForward(Rule):
             kept.append(unit_backward(unit, own, traces, delta, keep)[1])
             seen.append((jnp.mean(g[:n]), jnp.mean(g[n:])))
             h = _normalised(h)
-        grads, deltas = taken_apart(net, join_units(net, kept))
+        grads, deltas = taken_apart(net, join_units(net, kept), n)
         deltas = jax.tree.map(lambda d: d[:n], deltas)
-        grads = jax.tree.map(lambda g: g / n, grads)
         positive, negative = (jnp.stack(part) for part in zip(*seen, strict=True))
         extra = {"positive": positive, "negative": negative}
         return grads, Info(jnp.sum(jnp.stack(costs)) / n, None, deltas, extra)

@@ -178,6 +178,5 @@ class ForwardGradient(Rule):
             )
 
         _, kept = backward(moved, both, trace, jnp.zeros_like(outputs), collect)
-        grads, deltas = taken_apart(net, kept)
-        n = batch_size(x)
-        return jax.tree.map(lambda g: g / n, grads), Info(jnp.mean(losses), outputs, deltas)
+        grads, deltas = taken_apart(net, kept, batch_size(x))
+        return grads, Info(jnp.mean(losses), outputs, deltas)

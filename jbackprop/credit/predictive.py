@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jbackprop.credit.chain import (
     check_chain,
     join_units,
+    nothing,
     split_units,
     unit_backward,
     unit_forward,
@@ -106,17 +106,19 @@ class PredictiveCoding(Rule):
             return [found[0] for found in swept], [found[1] for found in swept]
 
         start: list[Array] = []
+        still = []  # the traces of the forward sweep
         for unit, params_of, own_keys in zip(chain, own, keys, strict=True):
-            start.append(unit_forward(unit, params_of, start[-1] if start else x, own_keys)[0])
+            v, trace = unit_forward(unit, params_of, start[-1] if start else x, own_keys)
+            start.append(v)
+            still.append(trace)
         outputs = start.pop()
-        still = predict(start)
         if self.fixed_prediction:  # what is carried along is v - f then, which is 0 to begin with
             start = [jnp.zeros_like(v) for v in start]
 
         def errors(activities: list[Array]) -> tuple[list[Array], list[Any]]:
             """Delta of every unit, and the traces at which they hold."""
             if self.fixed_prediction:
-                return [*(-e for e in activities), loss.delta(outputs, y)], still[1]
+                return [*(-e for e in activities), loss.delta(outputs, y)], still
             predicted, traces = predict(activities)
             hidden = [p - v for p, v in zip(predicted[:-1], activities, strict=True)]
             return [*hidden, loss.delta(predicted[-1], y)], traces
@@ -135,13 +137,7 @@ class PredictiveCoding(Rule):
         deltas, traces = errors(activities)
         swept = zip(chain, own, traces, deltas, strict=True)
         kept = [unit_backward(*part, keep)[1] for part in swept]
-        grads, by_path = taken_apart(net, join_units(net, kept))
+        grads, by_path = taken_apart(net, join_units(net, kept), n)
         extra = {"steps": taken, "residual": residual}
         losses = loss.value(outputs, y)
-        grads = jax.tree.map(lambda g: g / n, grads)
         return grads, Info(jnp.mean(losses), outputs, by_path, extra)
-
-
-def nothing(factored: PyTree, delta: Any, aux: Any) -> PyTree:
-    """Collect nothing."""
-    return ()

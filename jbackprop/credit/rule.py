@@ -227,10 +227,24 @@ def keep(factored: PyTree, delta: Any, aux: Any) -> Kept:
     return Kept(delta, total(factored, delta, aux))
 
 
-def taken_apart(net: Node, tree: PyTree) -> tuple[PyTree, OrderedDict[str, Any]]:
-    """What `keep` has collected: the gradients, a tree like params, and the deltas by path."""
+def taken_apart(
+    net: Node, tree: PyTree, divisor: int = 1, factor: int = 1
+) -> tuple[PyTree, OrderedDict[str, Any]]:
+    """What `keep` has collected: the gradients, a tree like params, and the deltas by path.
+
+    Args:
+        net: the network.
+        tree: what was collected.
+        divisor: of the gradients, which are sums over the batch.
+        factor: of the deltas, where they were swept as those of the mean cost.
+    """
     grads = rebuild(net, tree, lambda path, layer, own: (layer, collected(own)))[1]
-    return grads, deltas_of(net, tree)
+    deltas = deltas_of(net, tree)
+    if divisor != 1:
+        grads = jax.tree.map(lambda g: g / divisor, grads)
+    if factor != 1:
+        deltas = jax.tree.map(lambda d: d * factor, deltas)
+    return grads, deltas
 
 
 def check_count(of: Any, name: str, least: int) -> None:

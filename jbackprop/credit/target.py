@@ -23,13 +23,13 @@ from jbackprop.credit.chain import (
     activates,
     check_chain,
     join_units,
+    nothing,
     split_units,
     unit_backward,
     unit_forward,
     units,
     weighted,
 )
-from jbackprop.credit.predictive import nothing
 from jbackprop.credit.rule import Info, Rule, State, check_positive, keep, taken_apart, widened
 from jbackprop.factored import PyTree
 from jbackprop.sweep import Node, backward, batch_size, total
@@ -135,9 +135,8 @@ class DifferenceTargetPropagation(Rule):
             if i:
                 inverse = _Inverse.of(state, chain, own, i)
                 offset = inverse(traces[i], h[i + 1] + offset)[0] - inverse(traces[i], h[i + 1])[0]
-        grads, deltas = taken_apart(net, join_units(net, [found for _, found in reversed(kept)]))
+        grads, deltas = taken_apart(net, join_units(net, [found for _, found in reversed(kept)]), n)
         learned, cost = self._inverses(state, chain, own, h)
-        grads = jax.tree.map(lambda g: g / n, grads)
         extra = {"reconstruction": cost}
         return grads, Info(jnp.mean(loss.value(outputs, y)), outputs, deltas, extra, learned)
 

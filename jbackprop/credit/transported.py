@@ -63,11 +63,8 @@ class Transported(Rule):
             net, state.loss, params, x, y, keep,
             transport=self.transport(state, params), key=key, output_weights=scale,
         )  # fmt: skip
-        grads, deltas = taken_apart(net, swept.collected)
-        if divisor != 1:
-            grads = jax.tree.map(lambda g: g / divisor, grads)
-        if scale is not None:
-            deltas = jax.tree.map(lambda d: d * n, deltas)
+        factor = 1 if scale is None else n
+        grads, deltas = taken_apart(net, swept.collected, divisor, factor)
         return grads, Info(jnp.mean(swept.losses), swept.outputs, deltas)
 
     def transport(self, state: State, params: PyTree) -> PyTree:
