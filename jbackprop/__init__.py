@@ -8,6 +8,7 @@ from jbackprop import factored as factored
 from jbackprop import metrics as metrics
 from jbackprop import optim as optim
 from jbackprop import per_example as per_example
+from jbackprop import sharding as sharding
 from jbackprop import sweep as sweep
 from jbackprop.averages import Averages as Averages
 from jbackprop.averages import batch_averages as batch_averages

@@ -1,0 +1,398 @@
+"""Where the parameters and the examples lie on a mesh of devices: rules by path of the parameter.
+
+A rule of this library says nothing of devices. It computes with arrays, and where these lie on a
+mesh, XLA splits the computation as they are split, and puts the collectives in:
+
+    data parallel       the examples are split, every parameter is whole on each device; the
+                        gradient is summed over the devices
+    FSDP                the parameters, and with them gradient and optimizer state, are split too;
+                        each is gathered where it is used, and its gradient summed and scattered
+    tensor parallel     a layer's weights are split, and its outputs with them
+
+A `Sharding` says which, for a network; `place` puts parameters where it says. Numbers are the same
+with any, up to rounding. The mesh may have automatic axes or explicit ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jbackprop import layers
+from jbackprop.compose import Checkpoint, FanOut, Frozen, Parallel, Sequential
+from jbackprop.factored import PyTree
+from jbackprop.layers.elementwise import Weightless
+from jbackprop.structure import rebuild, stack_axes
+from jbackprop.sweep import Composite, Node
+
+Axes = str | tuple[str, ...] | None
+"""One axis of a mesh, several (the first changes slowest), or none."""
+Rule = tuple[str, PartitionSpec]
+"""A regular expression of paths, and how the parameters there are split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    r"""How a network's parameters and its mini-batches are split over the axes of a mesh.
+
+    A parameter's path is that of its layer, as `summary` shows it, and its name there:
+    ``layers[0].w``, ``layers[2].layer.layers[0].branch.layers[1].b``. Copies that are scanned have
+    one path and one array, with the axis of the copies in front.
+
+        Sharding(((r"layers\[0\]\.w$", PartitionSpec(None, "model")),), batch="data")
+
+    A sharding with a rule put in front, which is the way to make an exception:
+
+        dataclasses.replace(sharding, rules=((path, PartitionSpec()), *sharding.rules))
+
+    Attributes:
+        rules: pairs of a regular expression, which is searched for in the path, and a
+            `PartitionSpec`. The first that is found counts. Its entries belong to the *last* axes
+            of the parameter, so that the copies of a scanned stack stay together. What no rule is
+            about is whole.
+        batch: the axis of the mesh, or a tuple of them, that the examples are split over; None or
+            () for none.
+        fsdp: an axis, or a tuple of them, that every large parameter is split over in addition,
+            along the longest of its axes that is whole yet and divides, the copies' not among them;
+            of equal ones the first. Where there is none, and where a rule has used the axis for
+            this parameter already, nothing is added.
+        smallest: how many entries make a parameter large, with `fsdp`. What is smaller takes longer
+            to ask for than to send.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    batch: Axes = "data"
+    fsdp: Axes = None
+    smallest: int = 4096
+
+    @property
+    def examples(self) -> PartitionSpec:
+        """How arrays with the examples in front, (B, ...), are split."""
+        return PartitionSpec(_names(self.batch) or None)
+
+    def specs(self, net: Node, params: PyTree, mesh: Any) -> PyTree:
+        """How every parameter is split: a tree like params of `PartitionSpec`.
+
+        Args:
+            net: a layer or a composite.
+            params: its parameters, or their shapes (`jax.eval_shape(net.init, key)`).
+            mesh: a `Mesh`, or an `AbstractMesh`.
+
+        Raises:
+            ValueError: an axis that the mesh does not have; a rule that is about no parameter, has
+                more entries than the parameter has axes, or splits an axis that its devices do not
+                divide.
+        """
+        self.check(mesh)
+        stacks, found = stack_axes(net), set()
+
+        def of_layer(path: str, layer: Node, own: PyTree) -> tuple[Node, PyTree]:
+            def spec(where: Any, leaf: Any) -> PartitionSpec:
+                name = ".".join((path, *map(_key, where)))
+                matching = [i for i, (rule, _) in enumerate(self.rules) if re.search(rule, name)]
+                found.update(matching)
+                rule = self.rules[matching[0]] if matching else None
+                axes = self._by_rule(name, jnp.shape(leaf), rule, mesh)
+                return PartitionSpec(*self._and_fsdp(axes, jnp.shape(leaf), stacks[path], mesh))
+
+            return layer, jax.tree_util.tree_map_with_path(spec, own)
+
+        specs = rebuild(net, params, of_layer)[1]
+        for i, (rule, _) in enumerate(self.rules):
+            if i not in found:
+                raise ValueError(
+                    f"the rule {rule!r} is about no parameter of this network; their paths are "
+                    f"{', '.join(paths(net, params))}"
+                )
+        return specs
+
+    def check(self, mesh: Any) -> None:
+        """Raise where an axis is meant that the mesh does not have."""
+        used = {"batch": _names(self.batch), "fsdp": _names(self.fsdp)}
+        for rule, spec in self.rules:
+            used[f"the rule {rule!r}"] = tuple(name for entry in spec for name in _names(entry))
+        there = ", ".join(f"{name!r} of {size}" for name, size in mesh.shape.items())
+        for what, names in used.items():
+            for name in names:
+                if name not in mesh.shape:
+                    raise ValueError(
+                        f"{what} names the axis {name!r}, but the axes of the mesh are {there}"
+                    )
+
+    def _by_rule(
+        self, name: str, shape: tuple[int, ...], rule: Rule | None, mesh: Any
+    ) -> list[Any]:
+        """What the rule says of each axis of a parameter."""
+        entries = () if rule is None else tuple(rule[1])
+        if rule is not None and len(entries) > len(shape):
+            raise ValueError(
+                f"the rule {rule[0]!r} splits {len(entries)} axes, {rule[1]}, but {name} has the "
+                f"shape {shape}; let the rule find other paths, or have fewer entries"
+            )
+        axes = [None] * (len(shape) - len(entries)) + list(entries)
+        for i, entry in enumerate(axes):
+            size = _devices(entry, mesh)
+            if shape[i] % size:
+                assert rule is not None
+                raise ValueError(
+                    f"{name} has the shape {shape}, and the rule {rule[0]!r} splits its axis {i} "
+                    f"over {entry!r}: {shape[i]} is no multiple of {size} devices. Take another "
+                    "mesh or size, or leave it whole: a rule of its own in front, "
+                    f"({'^' + re.escape(name) + '$'!r}, PartitionSpec())"
+                )
+        return axes
+
+    def _and_fsdp(
+        self, axes: list[Any], shape: tuple[int, ...], stack: int, mesh: Any
+    ) -> list[Any]:
+        """The same, with `fsdp` put in."""
+        names = _names(self.fsdp)
+        used = {name for entry in axes for name in _names(entry)}
+        if not names or math.prod(shape) < self.smallest or used & set(names):
+            return axes
+        size = _devices(names, mesh)
+        free = [
+            i for i in range(stack, len(shape))
+            if not _names(axes[i]) and shape[i] and shape[i] % size == 0
+        ]  # fmt: skip
+        if free:
+            axes[max(free, key=lambda i: shape[i])] = names[0] if len(names) == 1 else names
+        return axes
+
+
+def data_parallel(batch: Axes = "data") -> Sharding:
+    """The examples are split, the parameters whole on every device."""
+    return Sharding(batch=batch)
+
+
+def fsdp(axis: Axes = "data", smallest: int = 4096) -> Sharding:
+    """The examples are split, and over the same devices every large parameter.
+
+    Args:
+        axis: of the mesh, or several.
+        smallest: how many entries make a parameter large.
+
+    Source: Rajbhandari, Rasley, Ruwase and He, ZeRO: memory optimizations toward training trillion
+    parameter models (2020), section 5: stage 3.
+    """
+    return Sharding(batch=axis, fsdp=axis, smallest=smallest)
+
+
+def tensor_parallel(
+    net: Node, axis: str = "model", batch: Axes = "data", fsdp: Axes = None, smallest: int = 4096
+) -> Sharding:
+    """Rules that split the weights of a network over an axis of the mesh, in pairs.
+
+    Of two `Dense` with nothing between but what works feature by feature or head by head, the first
+    is split by its outputs (columns, and its bias), the second by its inputs (rows): what is
+    between is split likewise, and only the second one's output is summed over the devices. So are
+    the queries, keys and values of attention and its output, the two halves of a transformer's mlp,
+    gated units, and two `Conv`, by channels. Tables of embeddings are split by ids, and so is a
+    `Dense` with as many outputs: the head of a language model.
+
+    Everything else is whole: a `Dense` or `Conv` without a partner, norms, recurrent layers.
+
+    A size that the axis does not divide is an error of `specs`, which knows the mesh; its message
+    has the rule that leaves the parameter whole.
+
+    The queries, keys and values of one `Dense` lie side by side, so that the columns of a device
+    are not those of its heads: XLA sends them on.
+
+    Args:
+        net: a layer or a composite.
+        axis: of the mesh.
+        batch: what the examples are split over.
+        fsdp: what the parameters are split over in addition.
+        smallest: how many entries make a parameter large, for `fsdp`.
+
+    Source: Shoeybi, Patwary, Puri, LeGresley, Casper and Catanzaro, Megatron-LM: training
+    multi-billion parameter language models using model parallelism (2019), section 3.
+    """
+    pairs = _Pairs(axis)
+    pairs.visit(net, "")
+    pairs.close()
+    return Sharding(tuple(pairs.rules), batch, fsdp, smallest)
+
+
+class _Pairs:
+    """The rules of `tensor_parallel`, made on a walk through a network.
+
+    `pending` are the layers split by columns since the features were last whole: they need one
+    split by rows behind them, or stay whole themselves.
+    """
+
+    def __init__(self, axis: str) -> None:
+        self.axis = axis
+        self.rules: list[Rule] = []
+        self.pending: list[tuple[str, Node]] = []
+        self.vocabularies: set[int] = set()
+
+    def visit(self, net: Node, path: str) -> None:
+        """Go through one layer."""
+        if isinstance(net, Sequential | Checkpoint | Frozen):
+            for name, child in net.children().items():
+                self.visit(child, _join(path, name))
+        elif isinstance(net, FanOut | Parallel):
+            self._branches(net, path)
+        elif isinstance(net, Composite):
+            for name, child in net.children().items():
+                self.close()
+                self.visit(child, _join(path, name))
+            self.close()
+        elif isinstance(net, layers.Dense) or (isinstance(net, layers.Conv) and net.groups == 1):
+            if self.pending:
+                self._columns()
+                self._rule(path, "w", self.axis, None)
+            else:
+                self.pending = [(path, net)]
+        elif isinstance(net, layers.Embedding):
+            self.close()
+            self._rule(path, "w", self.axis, None)
+            self.vocabularies.add(net.vocab)
+        elif not _passes(net):
+            self.close()
+
+    def close(self) -> None:
+        """The features are whole from here: what waits for rows stays whole, but for a head."""
+        self.pending = [
+            (path, layer) for path, layer in self.pending
+            if isinstance(layer, layers.Dense) and layer.q in self.vocabularies
+        ]  # fmt: skip
+        self._columns()
+
+    def _branches(self, net: Composite, path: str) -> None:
+        """Side by side: what is split in any of them waits for what is behind the join."""
+        if isinstance(net, Parallel) and all(map(_passes, net.children().values())):
+            return
+        self.close()
+        waiting = []
+        for name, child in net.children().items():
+            self.visit(child, _join(path, name))
+            waiting += self.pending
+            self.pending = []
+        self.pending = waiting
+
+    def _columns(self) -> None:
+        for path, layer in self.pending:
+            self._rule(path, "w", None, self.axis)
+            if layer.bias:  # type: ignore[attr-defined]
+                self._rule(path, "b", self.axis)
+        self.pending = []
+
+    def _rule(self, path: str, leaf: str, *entries: str | None) -> None:
+        name = re.escape(f"{path or 'net'}.{leaf}")
+        self.rules.append((f"^{name}$", PartitionSpec(*entries)))
+
+
+def _passes(net: Node) -> bool:
+    """Whether it works feature by feature or head by head, as far as splitting them goes."""
+    if isinstance(net, layers.Reshape | layers.Softmax | layers.Concatenate):
+        return False
+    return isinstance(net, Weightless | layers.GroupNorm | layers.InstanceNorm)
+
+
+def place(net: Node, params: PyTree, mesh: Mesh, sharding: Sharding) -> PyTree:
+    """The parameters on the mesh, split as the sharding has it.
+
+    Where the mesh has devices of several processes, every process gives the same whole parameters
+    and keeps its own pieces of them.
+
+    Args:
+        net: a layer or a composite.
+        params: its parameters.
+        mesh: a `Mesh` of automatic or explicit axes.
+        sharding: what `Sharding.specs` is asked of; it raises.
+    """
+    return put(params, sharding.specs(net, params, mesh), mesh)
+
+
+def put(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
+    """A tree of arrays on the mesh.
+
+    Args:
+        tree: of arrays; of such as lie in this process alone every process has the same.
+        specs: a tree like it of `PartitionSpec`, such as from `Sharding.specs` or `specs_like`, or
+            one for all: ``put((x, y), sharding.examples, mesh)``.
+        mesh: a `Mesh`.
+    """
+
+    def one(leaf: Any, spec: PartitionSpec) -> jax.Array:
+        where = NamedSharding(mesh, spec)
+        here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        if where.is_fully_addressable or not here:
+            return jax.device_put(leaf, where)
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
+
+    if isinstance(specs, PartitionSpec):
+        return jax.tree.map(lambda leaf: one(leaf, specs), tree)
+    return jax.tree.map(one, tree, specs)
+
+
+def specs_like(state: PyTree, params: PyTree, specs: PyTree) -> PyTree:
+    """How the state of an optimizer is split: as the parameters that its parts belong to.
+
+    Args:
+        state: any tree of arrays or shapes, such as an Optax state.
+        params: the parameters, or their shapes.
+        specs: a tree like params of `PartitionSpec`.
+
+    Returns:
+        A tree like the state of `PartitionSpec`: a leaf whose path ends with a parameter's, and
+        that has its shape, is split as that parameter; all else, such as a count, is whole.
+    """
+    known: dict[Any, tuple[tuple[int, ...], PartitionSpec]] = {}
+
+    def note(where: Any, leaf: Any, spec: PartitionSpec) -> None:
+        known[tuple(where)] = jnp.shape(leaf), spec
+
+    jax.tree_util.tree_map_with_path(note, params, specs)
+
+    def spec(where: Any, leaf: Any) -> PartitionSpec:
+        for start in range(len(where) + 1):  # the longest path first
+            shape, own = known.get(tuple(where[start:]), (None, PartitionSpec()))
+            if shape == jnp.shape(leaf):
+                return own
+        return PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(spec, state)
+
+
+def paths(net: Node, params: PyTree) -> list[str]:
+    """The path of every parameter, in forward order."""
+    found: list[str] = []
+
+    def of_layer(path: str, layer: Node, own: PyTree) -> tuple[Node, PyTree]:
+        named = jax.tree_util.tree_flatten_with_path(own)[0]
+        found.extend(".".join((path, *map(_key, where))) for where, _ in named)
+        return layer, own
+
+    rebuild(net, params, of_layer)
+    return found
+
+
+def _key(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    """The axes of one entry of a spec."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _devices(axes: Any, mesh: Any) -> int:
+    """How many pieces an entry of a spec makes."""
+    sizes: Mapping[str, int] = mesh.shape
+    return math.prod(sizes[name] for name in _names(axes))
