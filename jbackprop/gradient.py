@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from jbackprop.checks import check_key
 from jbackprop.factored import Coupled, Factored, PyTree, is_factored, weighted
 from jbackprop.losses import Loss
 from jbackprop.structure import by_copy, rebuild, walk
@@ -169,21 +171,70 @@ def scaled(delta: Array, weights: Array | float | None) -> Array:
     return weighted(weights, delta).astype(delta.dtype)
 
 
-def check_call(net: Any, loss: Any, params: Any, x: Any, y: Any) -> None:
-    """Raise where a network, a loss and a mini-batch cannot belong together."""
+def check_net(net: Any) -> None:
+    """Raise unless it is a network."""
     if not isinstance(net, Node):
-        raise TypeError(f"net must be a layer or a composite of layers, not {net!r}")
+        hint = (
+            "; make an instance: add ()" if inspect.isclass(net) and issubclass(net, Node) else ""
+        )
+        raise TypeError(f"net must be a layer or a composite of layers, not {net!r}{hint}")
+
+
+def check_loss(loss: Any, what: str = "loss") -> None:
+    """Raise unless it is a loss."""
     if not isinstance(loss, Loss):
         hint = "; make an instance: add ()" if inspect.isclass(loss) else ""
-        raise TypeError(f"loss must be a jbackprop Loss, not {loss!r}{hint}")
+        raise TypeError(f"{what} must be a jbackprop Loss, not {loss!r}{hint}")
+
+
+def check_params(params: Any) -> None:
+    """Raise unless all leaves are floating-point numbers."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        dtype = getattr(leaf, "dtype", np.result_type(type(leaf)))
+        if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"params{jax.tree_util.keystr(path)} has the dtype {jnp.result_type(leaf)}: "
-                "parameters must be floating-point numbers"
+                f"params{jax.tree_util.keystr(path)} has the dtype {dtype}: "
+                "parameters must be floating-point numbers; make them with init"
             )
-    if isinstance(x, list) or isinstance(y, list) or y is None:
-        raise TypeError("x and y must be arrays (or tuples of them): use np.asarray(x)")
+
+
+def check_arrays(name: str, tree: Any) -> None:
+    """Raise unless all leaves are arrays of real numbers, of integers, or of truth values."""
+    if isinstance(tree, list) or tree is None:
+        raise TypeError(
+            f"{name} must be arrays (or tuples of them), not {type(tree).__name__}: "
+            f"use np.asarray({name})"
+        )
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        place = name + jax.tree_util.keystr(path)
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"{place} must be arrays with a batch axis, (B, ...), not {leaf!r}: "
+                f"use np.asarray({place})"
+            )
+        kinds = (jnp.floating, jnp.integer, jnp.bool_, jax.dtypes.extended)
+        if not any(jnp.issubdtype(leaf.dtype, kind) for kind in kinds):
+            raise TypeError(
+                f"{place} must be arrays of real numbers, not of {leaf.dtype}: "
+                f"use {place}.astype('float32') if that is what it holds"
+            )
+
+
+def check_inputs(net: Any, params: Any, x: Any, key: Any = None) -> None:
+    """Raise where a network, its parameters and inputs cannot belong together."""
+    check_net(net)
+    check_params(params)
+    check_arrays("x", x)
+    check_key(key, optional=True)
+    batch_size(x)
+
+
+def check_call(net: Any, loss: Any, params: Any, x: Any, y: Any, key: Any = None) -> None:
+    """Raise where a network, a loss and a mini-batch cannot belong together."""
+    check_net(net)
+    check_loss(loss)
+    check_inputs(net, params, x, key)
+    check_arrays("y", y)
     n = batch_size(x)
     lengths = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else None for leaf in jax.tree.leaves(y)}
     if lengths != {n}:
@@ -235,7 +286,7 @@ def backprop(
             layer. Values of targets are checked where they can be seen, that is outside jit.
         TypeError: integers where floating-point numbers are due, or the other way round.
     """
-    check_call(net, loss, params, x, y)
+    check_call(net, loss, params, x, y, key)
     bp = _backprop(net, loss, params, x, y, transport, key)
     loss.check(jnp.shape(bp.outputs), y)
     return bp

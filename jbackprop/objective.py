@@ -60,7 +60,7 @@ def value_grad_outputs(
 
     Where they are not wanted, a loss that can do without them does, and they are None.
     """
-    check_call(net, loss, params, x, y)
+    check_call(net, loss, params, x, y, key)
     weights = None if weights is None else jnp.asarray(weights)
     if loss.fuses and not outputs:
         value, grads = _fused_value_grad(net, loss, params, x, y, weights, key)

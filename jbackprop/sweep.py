@@ -268,7 +268,8 @@ def forward(net: Node, params: PyTree, x: Any, key: Array | None = None) -> tupl
     """
     if isinstance(net, Composite):
         return net.forward(params, x, key)
-    assert isinstance(net, Layer)
+    if not isinstance(net, Layer):
+        raise _no_layer(net)
     n = batch_size(x)
     keys = jax.random.split(key, n) if key is not None and net.draws else None
     return _layer_forward(net, params, x, keys)
@@ -302,7 +303,8 @@ def backward(
     """
     if isinstance(net, Composite):
         return net.backward(params, trace, delta, collect, transport, aux)
-    assert isinstance(net, Layer)
+    if not isinstance(net, Layer):
+        raise _no_layer(net)
     if delta is None and not jax.tree.leaves(params):
         return None, params  # integers go through it
     if delta is None:
@@ -318,6 +320,11 @@ def backward(
     if not jax.tree.leaves(params):
         return delta_x, factored
     return delta_x, collect(factored, delta, aux)
+
+
+def _no_layer(net: Any) -> TypeError:
+    hint = "; make an instance: add ()" if isinstance(net, type) else ""
+    return TypeError(f"net must be a layer or a composite of layers, not {net!r}{hint}")
 
 
 def _check_transport(layer: Layer, params: PyTree, transport: PyTree) -> None:

@@ -352,7 +352,7 @@ CASES = {
         "alpha must not be negative",
         None,
     ),
-    "celu of 0": (lambda: jb.Celu(0.0), ValueError, "must be positive", None),
+    "celu of 0": (lambda: jb.Celu(0.0), ValueError, "must be a finite number above 0", None),
     "a derivative of another shape": (
         lambda: backprop(
             net=jb.Activation(jnp.tanh, lambda z: jnp.ones(())),

@@ -90,7 +90,7 @@ def network(
         TypeError: as `backprop`.
     """
     check_options(truth, tolerance, directions, seed)
-    check_call(net, loss, params, x, y)
+    check_call(net, loss, params, x, y, key)
     if net.couples_examples:
         raise ValueError(
             f"{coupling_layer(net)} couples the examples: the delta of one example's own cost is "

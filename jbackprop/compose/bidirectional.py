@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from jbackprop.checks import flag_of
 from jbackprop.compose.fan_out import FanOut
 from jbackprop.compose.sequential import Sequential
 from jbackprop.layers.joins import Concatenate
@@ -31,7 +32,10 @@ def bidirectional(layer: Recurrent, last: bool = False) -> Sequential:
         ValueError: a layer that is handed states: each direction has its own.
     """
     if not isinstance(layer, Recurrent):
-        raise TypeError(f"bidirectional needs a recurrent layer such as LSTM(p, q), not {layer!r}")
+        raise TypeError(
+            f"bidirectional: layer must be a recurrent one such as LSTM(p, q), not {layer!r}"
+        )
+    flag_of(last, "bidirectional: last")
     if layer.states:
         raise ValueError(
             f"bidirectional cannot hand its two layers one state: leave states out of {layer}, or "

@@ -14,10 +14,10 @@ def check_layers(composite: Composite, **parts: Any) -> None:
             raise TypeError(f"{type(composite).__name__}: {name} is {_no_layer(part)}")
 
 
-def check_activation(net: str, activation: Node | None, default: Node) -> Node:
+def check_activation(net: str, activation: Any, default: Node, name: str = "activation") -> Node:
     """The activation, or what it is by default; raise a TypeError where it is no layer."""
     if activation is not None and not isinstance(activation, Node):
-        raise TypeError(f"{net}: activation is {_no_layer(activation)}")
+        raise TypeError(f"{net}: {name} is {_no_layer(activation)}")
     return default if activation is None else activation
 
 

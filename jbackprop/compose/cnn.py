@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
+from jbackprop.checks import size_of
 from jbackprop.compose.checks import check_activation
 from jbackprop.compose.sequential import Sequential
 from jbackprop.layers import Conv, Dense, Flatten, MaxPool, Relu
@@ -49,6 +50,10 @@ def cnn(
     *size, width = check_shape("cnn", shape)
     stages = check_widths("cnn", "channels", channels)
     act = check_activation("cnn", activation, Relu())
+    kernel, pool, classes = (
+        size_of(value, f"cnn: {name}")
+        for name, value in (("kernel", kernel), ("pool", pool), ("classes", classes))
+    )
     layers: list[Node] = []
     for l, wider in enumerate(stages):
         if min(size) < pool:
@@ -84,6 +89,8 @@ def check_widths(net: str, name: str, widths: Sequence[int], least: int = 1) -> 
     """The sizes as ints; raise unless there are at least `least` of them, all of 1 or more."""
     try:
         sizes = tuple(operator.index(n) for n in widths)
+        if any(isinstance(n, bool) for n in widths):
+            raise TypeError
     except TypeError:
         raise ValueError(
             f"{net}: {name} must be whole numbers, such as (16, 32), not {widths!r}"

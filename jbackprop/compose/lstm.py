@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-
+from jbackprop.checks import flag_of, size_of
 from jbackprop.compose.bidirectional import bidirectional as both_ways
 from jbackprop.compose.sequential import Sequential
 from jbackprop.layers.dense import Dense
@@ -49,8 +48,9 @@ def lstm(
             "lstm: give inputs, the number of inputs of each step; or vocab, the number of tokens, "
             "if x is integers"
         )
-    if not hasattr(depth, "__index__") or isinstance(depth, bool) or operator.index(depth) < 1:
-        raise ValueError(f"lstm: depth must be an int of at least 1, not {depth!r}")
+    depth, hidden = size_of(depth, "lstm: depth"), size_of(hidden, "lstm: hidden")
+    for option, value in (("bidirectional", bidirectional), ("last", last)):
+        flag_of(value, f"lstm: {option}")
     p = hidden if inputs is None else inputs
     layers: list[Node] = [] if vocab is None else [Embedding(vocab, p)]
     width = 2 * hidden if bidirectional else hidden

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jbackprop.compose.checks import check_activation
+from jbackprop.compose.cnn import check_widths
 from jbackprop.compose.sequential import Sequential
 from jbackprop.layers import Dense, Tanh
 from jbackprop.sweep import Node
@@ -28,7 +30,7 @@ def mlp(
     Raises:
         ValueError: fewer than two sizes, or as many activations as there are not hidden layers.
     """
-    sizes = tuple(sizes)
+    sizes = check_widths("mlp", "sizes", sizes, least=0)
     if len(sizes) < 2:
         raise ValueError(
             f"mlp needs at least two sizes, inputs and outputs, such as [64, 10]; got {list(sizes)}"
@@ -39,7 +41,12 @@ def mlp(
         raise TypeError(
             f"mlp: activation is the class {activation.__name__}; make an instance: add ()"
         )
+    if not isinstance(activation, Node | Sequence) or isinstance(activation, str):
+        check_activation("mlp", activation, Tanh())
+    check_activation("mlp", output, Tanh(), "output")
     each = [activation] * hidden if isinstance(activation, Node) else list(activation)
+    for one in each:
+        check_activation("mlp", one, Tanh())
     if len(each) != hidden:
         raise ValueError(
             f"mlp of sizes {list(sizes)} has {hidden} hidden layers but {len(each)} activations "

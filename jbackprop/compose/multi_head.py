@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
+from jbackprop.checks import flag_of, number_of, size_of
 from jbackprop.compose.fan_out import FanOut, Parallel
 from jbackprop.compose.sequential import Sequential
 from jbackprop.layers.activations import Identity
@@ -62,6 +62,8 @@ def multi_head_attention(
     Source: Vaswani et al., Attention is all you need (2017), section 3.2.2.
     """
     sizes = _sizes("multi_head_attention", width, heads, kv_heads)
+    for option, value in (("rotary", rotary), ("masked", masked)):
+        flag_of(value, f"multi_head_attention: {option}")
     layers: list[Node] = [Dense(width, sum(sizes), bias=bias), Split(*sizes)]
     if rotary:
         if sizes[0] // heads % 2:
@@ -119,7 +121,8 @@ def cross_attention(
     Source: Vaswani et al., Attention is all you need (2017), section 3.2.3.
     """
     _, *sizes = _sizes("cross_attention", width, heads, kv_heads)
-    features = width if memory is None else memory
+    features = width if memory is None else size_of(memory, "cross_attention: memory")
+    flag_of(masked, "cross_attention: masked")
     branches: list[Node] = [
         Sequential(Select(0), Dense(width, width, bias=bias)),
         Sequential(Select(1), Dense(features, sum(sizes), bias=bias), Split(*sizes)),
@@ -132,10 +135,11 @@ def cross_attention(
 
 def _sizes(name: str, width: Any, heads: Any, kv_heads: Any) -> tuple[int, int, int]:
     """Features of the queries, the keys and the values of all heads."""
-    own = Attention(heads, kv_heads)  # which checks them
-    if not hasattr(width, "__index__") or isinstance(width, bool) or width < 1:
-        raise ValueError(f"{name}: width must be an int of at least 1, not {width!r}")
-    width = operator.index(width)
+    own = Attention(
+        size_of(heads, f"{name}: heads"),
+        None if kv_heads is None else size_of(kv_heads, f"{name}: kv_heads"),
+    )
+    width = size_of(width, f"{name}: width")
     if width % own.heads:
         raise ValueError(
             f"{name}: a width of {width} cannot be shared by {heads} heads evenly; heads must "
@@ -147,4 +151,5 @@ def _sizes(name: str, width: Any, heads: Any, kv_heads: Any) -> tuple[int, int, 
 
 def _out(width: int, bias: bool, dropout: float) -> list[Node]:
     end: list[Node] = [Dense(width, width, bias=bias)]
+    dropout = number_of(dropout, "Dropout: rate", least=0, below=1)
     return end + ([Dropout(dropout)] if dropout else [])

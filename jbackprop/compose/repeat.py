@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from jbackprop.compose.checks import check_layers
 from jbackprop.factored import PyTree, is_factored
-from jbackprop.layers.checks import check_sizes
+from jbackprop.layers.checks import check_key, check_sizes
 from jbackprop.sweep import Collect, Composite, Node, Trace, backward, forward, inside
 
 
@@ -94,6 +94,7 @@ class Repeat(Composite):
         return dataclasses.replace(self, checkpoint_every=None)
 
     def init(self, key: Array) -> PyTree:
+        check_key(key, f"{type(self).__name__}.init: key")
         return jax.vmap(self.layer.init)(jax.random.split(key, self.n))
 
     def forward(self, params: PyTree, x: Any, key: Array | None) -> tuple[Any, Any]:

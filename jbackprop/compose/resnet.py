@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jbackprop.checks import size_of
 from jbackprop.compose.checks import check_activation
 from jbackprop.compose.cnn import check_shape, check_widths
 from jbackprop.compose.sequential import Sequential
@@ -64,6 +65,7 @@ def resnet(
             f"resnet: {len(stages)} stages (channels {stages}) but blocks for {len(number)}: give "
             "one number for all stages, or one for each"
         )
+    classes = size_of(classes, "resnet: classes")
     act = check_activation("resnet", activation, Relu())
     axes = len(size)
 

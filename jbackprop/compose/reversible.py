@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import check_key
 from jbackprop.compose.checks import check_layers
 from jbackprop.factored import PyTree
 from jbackprop.sweep import Collect, Composite, Node, Trace, backward, forward, inside, keys_for
@@ -64,6 +65,7 @@ class Reversible(Composite):
         return _Open(self.f, self.g)
 
     def init(self, key: Array) -> PyTree:
+        check_key(key, f"{type(self).__name__}.init: key")
         keys = jax.random.split(key)
         return self.f.init(keys[0]), self.g.init(keys[1])
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import check_key
 from jbackprop.compose.checks import check_layers
 from jbackprop.factored import PyTree
 from jbackprop.sweep import Collect, Composite, Node, Trace, backward, forward, inside, keys_for
@@ -64,6 +65,7 @@ class Skip(Composite):
         return tuple(self.children().values())
 
     def init(self, key: Array) -> PyTree:
+        check_key(key, f"{type(self).__name__}.init: key")
         keys = jax.random.split(key, len(self._layers))
         return self.join([layer.init(k) for layer, k in zip(self._layers, keys, strict=True)])
 

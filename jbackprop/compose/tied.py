@@ -13,7 +13,7 @@ from jax import Array, lax
 from jbackprop.compose.checks import check_layers
 from jbackprop.compose.sequential import Sequential
 from jbackprop.factored import Outer, PyTree, Sum, is_factored
-from jbackprop.layers.checks import check_floating
+from jbackprop.layers.checks import check_floating, check_key
 from jbackprop.sweep import (
     Beheaded,
     Collect,
@@ -78,7 +78,10 @@ class Tied(Composite):
     def __post_init__(self) -> None:
         if not isinstance(self.embedding, Layer):
             hint = "; wrap the Tied" if isinstance(self.embedding, Composite) else ""
-            raise TypeError(f"Tied needs an Embedding first, not {self.embedding!r}{hint}")
+            raise TypeError(
+                "Tied needs an Embedding first: embedding must be a layer, not "
+                f"{self.embedding!r}{hint}"
+            )
         check_layers(self, body=self.body)
 
     def __repr__(self) -> str:
@@ -89,6 +92,7 @@ class Tied(Composite):
         return ("x",) if "x" in self.embedding.reads else ()
 
     def init(self, key: Array) -> PyTree:
+        check_key(key, f"{type(self).__name__}.init: key")
         keys = jax.random.split(key)
         return self.embedding.init(keys[0]), self.body.init(keys[1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jbackprop.checks import flag_of, number_of, size_of
 from jbackprop.compose.checkpoint import Checkpoint
 from jbackprop.compose.checks import check_activation
 from jbackprop.compose.multi_head import multi_head_attention
@@ -53,7 +54,10 @@ def transformer_block(
     Source: Radford et al., Language models are unsupervised multitask learners (2019), section 2.3;
     Xiong et al., On layer normalization in the transformer architecture (2020), figure 1 (b).
     """
-    hidden = 4 * width if hidden is None else hidden
+    width = size_of(width, "transformer_block: width")
+    hidden = 4 * width if hidden is None else size_of(hidden, "transformer_block: hidden")
+    dropout = number_of(dropout, "transformer_block: dropout", least=0, below=1)
+    flag_of(keep_middle, "transformer_block: keep_middle")
     activation = check_activation("transformer_block", activation, Gelu())
     drop = (Dropout(dropout),) if dropout else ()
     attention = multi_head_attention(width, heads, kv_heads=kv_heads, causal=causal, rotary=rotary)
@@ -119,6 +123,9 @@ def transformer(
         TypeError: an activation that is no layer.
     """
     learned = Positions(length, width)  # also where they are left out: it checks the sizes
+    vocab, depth = size_of(vocab, "transformer: vocab"), size_of(depth, "transformer: depth")
+    for option, value in (("rotary", rotary), ("tied", tied)):
+        flag_of(value, f"transformer: {option}")
     block = transformer_block(
         width, heads, hidden=hidden, kv_heads=kv_heads, causal=causal, rotary=rotary,
         activation=activation, dropout=dropout, keep_middle=depth <= FEW,

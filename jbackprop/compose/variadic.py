@@ -8,6 +8,7 @@ from typing import Any, Self
 import jax
 from jax import Array
 
+from jbackprop.checks import check_key
 from jbackprop.compose.checks import check_layers
 from jbackprop.factored import PyTree
 from jbackprop.sweep import Composite, Node
@@ -43,5 +44,6 @@ class Variadic(Composite):
         return new
 
     def init(self, key: Array) -> tuple[PyTree, ...]:
+        check_key(key, f"{type(self).__name__}.init: key")
         keys = jax.random.split(key, len(self.layers))
         return tuple(layer.init(k) for layer, k in zip(self.layers, keys, strict=True))

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jbackprop.checks import check_sizes
 from jbackprop.credit.carriers import as_transport, map_feedback
-from jbackprop.credit.rule import State, check_count, keep
+from jbackprop.credit.rule import State, keep
 from jbackprop.credit.settling import largest_entry
 from jbackprop.credit.transported import Transported
 from jbackprop.diagnose.flow import beside, places_of
@@ -260,7 +261,7 @@ class Recorder:
 
     def __init__(self, x: Any, y: Any, every: int = 1):
         self.x, self.y, self.every = x, y, every
-        check_count(self, "every", 1)
+        check_sizes(self, "every")
         self.epochs: list[int] = []
         self.alignments: list[Alignment] = []
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jbackprop.checks import check_flags, check_numbers, check_sizes
 from jbackprop.credit.chain import (
     Link,
     Unit,
@@ -28,8 +29,6 @@ from jbackprop.credit.rule import (
     Info,
     Rule,
     State,
-    check_count,
-    check_positive,
     keep,
     taken_apart,
     widened,
@@ -107,14 +106,12 @@ class EquilibriumPropagation(Rule):
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        check_positive(self, "nudge", "rate")
-        check_count(self, "steps", 1)
-        check_count(self, "nudged_steps", 1)
-        if self.rate > 1 or not self.tolerance >= 0:
-            raise ValueError(
-                "EquilibriumPropagation: rate must be at most 1 and tolerance not negative, not "
-                f"{self.rate} and {self.tolerance}"
-            )
+        super().__post_init__()
+        check_numbers(self, "nudge", above=0)
+        check_numbers(self, "rate", above=0, most=1)
+        check_sizes(self, "steps", "nudged_steps")
+        check_numbers(self, "tolerance", least=0)
+        check_flags(self, "symmetric")
 
     def begin(self, key: Array, net: Node, params: PyTree, x: Any) -> PyTree:
         name = type(self).__name__

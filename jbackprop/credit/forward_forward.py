@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jbackprop.checks import check_numbers, check_sizes
 from jbackprop.credit.chain import (
     check_chain,
     join_units,
@@ -18,7 +19,7 @@ from jbackprop.credit.chain import (
     unit_forward,
     units,
 )
-from jbackprop.credit.rule import Info, Rule, State, check_count, check_positive, keep, taken_apart
+from jbackprop.credit.rule import Info, Rule, State, keep, taken_apart
 from jbackprop.factored import PyTree, wide_dtype
 from jbackprop.losses import Loss
 from jbackprop.sweep import Node, batch_size
@@ -72,8 +73,9 @@ class ForwardForward(Rule):
     on: float = 1.0
 
     def __post_init__(self) -> None:
-        check_count(self, "classes", 2)
-        check_positive(self, "threshold", "on")
+        super().__post_init__()
+        check_sizes(self, "classes", least=2)
+        check_numbers(self, "threshold", "on", above=0)
 
     def begin(self, key: Array, net: Node, params: PyTree, x: Any) -> PyTree:
         check_chain(net, type(self).__name__)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.checks import check_sizes
 from jbackprop.credit.carriers import check_untied
-from jbackprop.credit.rule import Info, Rule, State, check_count, taken_apart
+from jbackprop.credit.rule import Info, Rule, State, taken_apart
 from jbackprop.factored import Full, Nothing, PyTree, is_factored, weighted
 from jbackprop.gradient import Kept, refuse_coupling
 from jbackprop.observe import Tapped, tapped
@@ -93,7 +94,8 @@ class ForwardGradient(Rule):
     draws: int = 1
 
     def __post_init__(self) -> None:
-        check_count(self, "draws", 1)
+        super().__post_init__()
+        check_sizes(self, "draws")
         if self.perturb not in ("activities", "weights"):
             raise ValueError(
                 f"ForwardGradient: perturb must be 'activities' or 'weights', not {self.perturb!r}"

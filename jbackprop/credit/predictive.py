@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import check_flags, check_numbers, check_sizes
 from jbackprop.credit.chain import (
     check_chain,
     join_units,
@@ -22,8 +23,6 @@ from jbackprop.credit.rule import (
     Info,
     Rule,
     State,
-    check_count,
-    check_positive,
     keep,
     taken_apart,
     widened,
@@ -84,10 +83,11 @@ class PredictiveCoding(Rule):
     fixed_prediction: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "rate")
-        check_count(self, "steps", 1)
-        if not self.tolerance >= 0:
-            raise ValueError(f"{type(self).__name__}: tolerance is negative: {self.tolerance}")
+        super().__post_init__()
+        check_numbers(self, "rate", above=0)
+        check_sizes(self, "steps")
+        check_numbers(self, "tolerance", least=0)
+        check_flags(self, "fixed_prediction")
 
     def begin(self, key: Array, net: Node, params: PyTree, x: Any) -> PyTree:
         check_chain(net, type(self).__name__)

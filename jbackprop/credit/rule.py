@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-import math
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -13,8 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import check_key
 from jbackprop.factored import PyTree, wide_dtype
-from jbackprop.gradient import Kept, backprop, check_call, collected, deltas, deltas_of
+from jbackprop.gradient import (
+    Kept,
+    backprop,
+    check_call,
+    check_loss,
+    check_net,
+    check_params,
+    collected,
+    deltas,
+    deltas_of,
+)
 from jbackprop.losses import Loss
 from jbackprop.objective import value_and_grad
 from jbackprop.structure import rebuild
@@ -105,6 +115,10 @@ class Rule(abc.ABC):
 
     loss: Loss | None = dataclasses.field(default=None, kw_only=True)
 
+    def __post_init__(self) -> None:
+        if self.loss is not None:
+            check_loss(self.loss, f"{type(self).__name__}: loss")
+
     def init(self, key: Array, net: Node, params: PyTree, x: Any = None) -> State:
         """The state to begin with.
 
@@ -119,8 +133,9 @@ class Rule(abc.ABC):
         Raises:
             ValueError: a layer that the rule is not defined for, by name; no loss; no weights.
         """
-        if not isinstance(net, Node):
-            raise TypeError(f"net must be a layer or a composite of layers, not {net!r}")
+        check_net(net)
+        check_params(params)
+        check_key(key)
         if self.loss is None:
             name = type(self).__name__
             raise ValueError(f"{name} has no loss: {name}(loss=jbackprop.SoftmaxCrossEntropy())")
@@ -152,7 +167,7 @@ class Rule(abc.ABC):
             raise TypeError(f"state must be what init gives, not {type(state).__name__}")
         if self not in (state.rule, dataclasses.replace(state.rule, loss=None)):
             raise ValueError(f"the state is one of {state.rule}, not of {self}: it has its init")
-        check_call(state.net, state.loss, params, x, y)
+        check_call(state.net, state.loss, params, x, y, key)
         if batch_size(x) == 0:
             raise ValueError("the batch is empty: its mean gradient is not defined")
         self.check(state.net, state.loss, params, x, y)
@@ -245,25 +260,6 @@ def taken_apart(
     if factor != 1:
         deltas = jax.tree.map(lambda d: d * factor, deltas)
     return grads, deltas
-
-
-def check_count(of: Any, name: str, least: int) -> None:
-    """Raise unless a setting is an int, and at least so much."""
-    value = getattr(of, name)
-    if not hasattr(value, "__index__") or isinstance(value, bool) or value < least:
-        raise ValueError(
-            f"{type(of).__name__}: {name} must be an int of at least {least}, not {value!r}"
-        )
-
-
-def check_positive(rule: Rule, *names: str) -> None:
-    """Raise unless these settings are finite and above 0."""
-    for name in names:
-        if not 0 < getattr(rule, name) < math.inf:
-            raise ValueError(
-                f"{type(rule).__name__}: {name} must be above 0 and finite, not "
-                f"{getattr(rule, name)!r}"
-            )
 
 
 def widened(tree: PyTree) -> PyTree:

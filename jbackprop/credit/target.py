@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import check_numbers
 from jbackprop.credit.carriers import (
     as_transport,
     carriers,
@@ -30,7 +31,7 @@ from jbackprop.credit.chain import (
     units,
     weighted,
 )
-from jbackprop.credit.rule import Info, Rule, State, check_positive, keep, taken_apart, widened
+from jbackprop.credit.rule import Info, Rule, State, keep, taken_apart, widened
 from jbackprop.factored import PyTree
 from jbackprop.sweep import Node, backward, batch_size, total
 
@@ -84,7 +85,8 @@ class DifferenceTargetPropagation(Rule):
     noise: float = 0.1
 
     def __post_init__(self) -> None:
-        check_positive(self, "step", "inverse_rate", "noise")
+        super().__post_init__()
+        check_numbers(self, "step", "inverse_rate", "noise", above=0)
 
     def begin(self, key: Array, net: Node, params: PyTree, x: Any) -> PyTree:
         name = type(self).__name__

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import check_numbers, check_sizes
 from jbackprop.credit.carriers import (
     as_transport,
     carriers,
@@ -32,7 +33,7 @@ from jbackprop.credit.carriers import (
     like_fresh,
     map_feedback,
 )
-from jbackprop.credit.rule import Info, Rule, State, check_count, keep, taken_apart
+from jbackprop.credit.rule import Info, Rule, State, keep, taken_apart
 from jbackprop.factored import PyTree
 from jbackprop.gradient import sweep
 from jbackprop.objective import weighting
@@ -146,6 +147,7 @@ class SignSymmetry(Transported):
     magnitudes: str = "uniform"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.magnitudes not in ("uniform", "batch", "fixed"):
             raise ValueError(
                 "SignSymmetry: magnitudes must be 'uniform', 'batch' or 'fixed', not "
@@ -229,10 +231,8 @@ class KolenPollack(Transported):
     decay: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(
-                f"KolenPollack: decay must be at least 0 and below 1, not {self.decay}"
-            )
+        super().__post_init__()
+        check_numbers(self, "decay", least=0, below=1)
 
     def begin(self, key: Array, net: Node, params: PyTree, x: Any) -> PyTree:
         for w in jax.tree.leaves(params):
@@ -295,12 +295,11 @@ class WeightMirror(Transported):
     samples: int = 128
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate <= 1 or not (self.decay is None or 0 <= self.decay <= 1):
-            raise ValueError(
-                "WeightMirror: rate must be above 0 and decay at least 0, both at most 1, not "
-                f"{self.rate} and {self.decay}"
-            )
-        check_count(self, "samples", 2)
+        super().__post_init__()
+        check_numbers(self, "rate", above=0, most=1)
+        if self.decay is not None:
+            check_numbers(self, "decay", least=0, most=1)
+        check_sizes(self, "samples", least=2)
 
     def begin(self, key: Array, net: Node, params: PyTree, x: Any) -> PyTree:
         check_untied(net, type(self).__name__)

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import check_sizes
 from jbackprop.losses import Loss
 
 Columns = Callable[[Array], Array]
@@ -101,10 +102,7 @@ class MonteCarlo(Roots):
     samples: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.samples, bool) or not hasattr(self.samples, "__index__"):
-            raise TypeError(f"MonteCarlo: samples must be an int, not {self.samples!r}")
-        if self.samples < 1:
-            raise ValueError(f"MonteCarlo: samples must be at least 1, not {self.samples}")
+        check_sizes(self, "samples")
 
     @property
     def draws(self) -> bool:

@@ -74,11 +74,11 @@ def check_model(
 ) -> None:
     """Raise where the arguments cannot belong together."""
     if callable(net) and not isinstance(net, Node | type):
-        check_call(_Function(), loss, (), x, y)
+        check_call(_Function(), loss, (), x, y, key)
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
             parameter("params" + jax.tree_util.keystr(path), leaf)
     else:
-        check_call(net, loss, params, x, y)
+        check_call(net, loss, params, x, y, key)
     if roots is not None and not isinstance(roots, Roots):
         hint = ": add ()" if isinstance(roots, type) and issubclass(roots, Roots) else ""
         raise TypeError(f"roots must be Exact(), MonteCarlo() or Empirical(), not {roots!r}{hint}")

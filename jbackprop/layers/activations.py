@@ -15,14 +15,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jbackprop.factored import PyTree, wide_dtype
-from jbackprop.layers.checks import check_no_params
+from jbackprop.layers.checks import check_flags, check_no_params, check_numbers
 from jbackprop.layers.elementwise import Elementwise
 from jbackprop.sweep import Trace
-
-
-def _need(ok: bool, layer: object, what: str) -> None:
-    if not ok:
-        raise ValueError(f"{layer}: {what}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +99,12 @@ class LeakyRelu(Elementwise):
     kinks: ClassVar[tuple[float, ...]] = (0.0,)
 
     def __post_init__(self) -> None:
-        _need(
-            0 <= self.alpha < math.inf,
-            self,
-            "alpha must not be negative, or the sign of the output no longer tells the sign of z; "
-            "use Activation(f, derivative) for such a unit",
-        )
+        check_numbers(self, "alpha")
+        if self.alpha < 0:
+            raise ValueError(
+                f"{self}: alpha must not be negative, or the sign of the output no longer tells "
+                "the sign of z; use Activation(f, derivative) for such a unit"
+            )
 
     def activate(self, z: Array) -> Array:
         return jnp.where(z > 0, z, self.alpha * z)
@@ -136,7 +131,7 @@ class Elu(Elementwise):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        _need(0 <= self.alpha < math.inf, self, "alpha must be finite and not negative")
+        check_numbers(self, "alpha", least=0)
 
     @property
     def kinks(self) -> tuple[float, ...]:  # type: ignore[override]
@@ -183,7 +178,7 @@ class Celu(Elementwise):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        _need(0 < self.alpha < math.inf, self, "alpha must be positive and finite")
+        check_numbers(self, "alpha", above=0)
 
     def activate(self, z: Array) -> Array:
         return jnp.where(z > 0, z, self.alpha * jnp.expm1(_negative(z) / self.alpha))
@@ -259,6 +254,9 @@ class Gelu(Elementwise):
 
     tanh: bool = False
     reads: ClassVar[tuple[str, ...]] = ("x",)
+
+    def __post_init__(self) -> None:
+        check_flags(self, "tanh")
 
     def activate(self, z: Array) -> Array:
         v = z.astype(wide_dtype(z.dtype))  # 16 bits would lose 1 + erf z, small for z below 0

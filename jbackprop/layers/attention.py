@@ -17,6 +17,7 @@ from jbackprop.layers.checks import (
     check_flags,
     check_floating,
     check_no_params,
+    check_numbers,
     check_sizes,
     shown,
 )
@@ -120,12 +121,7 @@ class Attention(Weightless):
                 "query heads evenly; kv_heads must divide heads"
             )
         if self.scale is not None:
-            if not hasattr(self.scale, "__float__") or not 0 < self.scale < float("inf"):
-                raise ValueError(
-                    f"Attention: scale must be a positive number, or None for 1 / sqrt(d), not "
-                    f"{self.scale!r}"
-                )
-            object.__setattr__(self, "scale", float(self.scale))
+            check_numbers(self, "scale", above=0)
 
     def __repr__(self) -> str:
         return shown(self, "heads")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 from jax import Array
 
+from jbackprop.checks import check_functions
 from jbackprop.factored import Full, PyTree
 from jbackprop.sweep import Layer, Trace
 
@@ -35,6 +36,9 @@ class Autodiff(Layer):
 
     reads: ClassVar[tuple[str, ...]] = ("x",)
     takes_transport: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_functions(self, "apply", "init_params")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({getattr(self.apply, '__name__', self.apply)})"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jbackprop.checks import check_flags as check_flags
+from jbackprop.checks import check_functions as check_functions
+from jbackprop.checks import check_key as check_key
+from jbackprop.checks import check_numbers as check_numbers
+from jbackprop.checks import check_sizes as check_sizes
 from jbackprop.factored import PyTree
 from jbackprop.sweep import Layer
 
@@ -21,27 +24,6 @@ def shown(layer: Any, *always: str) -> str:
     changed = (f for f in options if getattr(layer, f.name) != f.default)
     rest = [f"{f.name}={getattr(layer, f.name)!r}" for f in changed]
     return f"{type(layer).__name__}({', '.join(first + rest)})"
-
-
-def check_sizes(layer: Any, *names: str, least: int = 1) -> None:
-    """Make each field named an int; raise unless it is one of at least `least`."""
-    for name in names:
-        size = getattr(layer, name)
-        if hasattr(size, "__index__") and not isinstance(size, bool):
-            object.__setattr__(layer, name, operator.index(size))  # NumPy's integers too
-        if not isinstance(getattr(layer, name), int) or isinstance(size, bool) or size < least:
-            raise ValueError(
-                f"{type(layer).__name__}: {name} must be an int of at least {least}, not {size!r}"
-            )
-
-
-def check_flags(layer: Any, *names: str) -> None:
-    """Raise unless each field named is True or False: text, for one, would count as True."""
-    for name in names:
-        flag = getattr(layer, name)
-        if not isinstance(flag, bool | np.bool_):
-            raise TypeError(f"{type(layer).__name__}: {name} must be True or False, not {flag!r}")
-        object.__setattr__(layer, name, bool(flag))
 
 
 def check_floating(layer: Layer, x: Any) -> None:

@@ -16,6 +16,8 @@ from jbackprop.layers import windows
 from jbackprop.layers.checks import (
     check_features,
     check_flags,
+    check_functions,
+    check_key,
     check_params,
     check_sizes,
     shown,
@@ -51,6 +53,7 @@ class _Convolution(Layer):
     def __post_init__(self) -> None:
         check_sizes(self, "c_in", "c_out", "groups")
         check_flags(self, "bias")
+        check_functions(self, "w_init", "b_init")
         windows.check_window(self, "kernel")
         for name in ("stride", "dilation"):
             windows.check_steps(self, name, len(self.kernel))
@@ -70,6 +73,7 @@ class _Convolution(Layer):
         """How the kernel is laid over an example of this size, without its channels."""
 
     def init(self, key: Array) -> PyTree:
+        check_key(key, f"{self}.init: key")
         key_w, key_b = jax.random.split(key)
         dtype = jnp.result_type(float)
         shapes = self._shapes

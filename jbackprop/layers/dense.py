@@ -12,7 +12,13 @@ from jax import Array, lax
 from jax.nn import initializers
 
 from jbackprop.factored import Outer, PyTree, Shift
-from jbackprop.layers.checks import check_flags, check_floating, check_sizes
+from jbackprop.layers.checks import (
+    check_flags,
+    check_floating,
+    check_functions,
+    check_key,
+    check_sizes,
+)
 from jbackprop.sweep import Beheaded, Layer, Trace
 
 Init = Callable[[Array, tuple[int, ...], Any], Array]
@@ -71,11 +77,13 @@ class Dense(Layer):
     def __post_init__(self) -> None:
         check_sizes(self, "p", "q")
         check_flags(self, "bias")
+        check_functions(self, "w_init", "b_init")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.p}, {self.q}{'' if self.bias else ', bias=False'})"
 
     def init(self, key: Array) -> PyTree:
+        check_key(key, f"{self}.init: key")
         key_w, key_b = jax.random.split(key)
         dtype = jnp.result_type(float)
         params = {"w": self.w_init(key_w, (self.p, self.q), dtype)}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import check_numbers
 from jbackprop.factored import PyTree
 from jbackprop.layers.elementwise import Weightless
 from jbackprop.sweep import Trace
@@ -43,12 +44,7 @@ class Dropout(Weightless):
     rate: float
 
     def __post_init__(self) -> None:
-        if not hasattr(self.rate, "__float__") or not 0 <= self.rate < 1:
-            raise ValueError(
-                f"Dropout: rate is the probability to leave a unit out, at least 0 and below 1, "
-                f"not {self.rate!r}"
-            )
-        object.__setattr__(self, "rate", float(self.rate))
+        check_numbers(self, "rate", least=0, below=1)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rate})"

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import check_functions
 from jbackprop.factored import PyTree
 from jbackprop.sweep import Layer, Trace
 
@@ -93,6 +94,9 @@ class Activation(Elementwise):
     derivative: Callable[[Array], Array]
 
     reads: ClassVar[tuple[str, ...]] = ("x",)
+
+    def __post_init__(self) -> None:
+        check_functions(self, "f", "derivative")
 
     def __repr__(self) -> str:
         names = (getattr(g, "__name__", repr(g)) for g in (self.f, self.derivative))

@@ -12,7 +12,13 @@ import numpy as np
 from jax import Array
 
 from jbackprop.factored import Lookup, PyTree, Shift
-from jbackprop.layers.checks import check_features, check_params, check_sizes
+from jbackprop.layers.checks import (
+    check_features,
+    check_functions,
+    check_key,
+    check_params,
+    check_sizes,
+)
 from jbackprop.layers.dense import Init
 from jbackprop.sweep import Layer, Trace
 
@@ -66,11 +72,13 @@ class Embedding(Layer):
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab", "width")
+        check_functions(self, "w_init")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.vocab}, {self.width})"
 
     def init(self, key: Array) -> PyTree:
+        check_key(key, f"{self}.init: key")
         return {"w": self.w_init(key, (self.vocab, self.width), jnp.result_type(float))}
 
     def forward(self, params: PyTree, x: Array, key: Array | None = None) -> tuple[Array, None]:
@@ -139,11 +147,13 @@ class Positions(Layer):
 
     def __post_init__(self) -> None:
         check_sizes(self, "length", "width")
+        check_functions(self, "w_init")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.length}, {self.width})"
 
     def init(self, key: Array) -> PyTree:
+        check_key(key, f"{self}.init: key")
         return {"w": self.w_init(key, (self.length, self.width), jnp.result_type(float))}
 
     def forward(self, params: PyTree, x: Array, key: Array | None = None) -> tuple[Array, None]:

@@ -14,14 +14,19 @@ so that with delta = dC/dy
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
 
 from jbackprop.factored import PyTree, Scale, Shift
-from jbackprop.layers.checks import check_features, check_params, check_sizes, shown
+from jbackprop.layers.checks import (
+    check_features,
+    check_numbers,
+    check_params,
+    check_sizes,
+    shown,
+)
 from jbackprop.layers.elementwise import Weightless
 from jbackprop.sweep import Layer, Trace
 
@@ -59,6 +64,7 @@ class _Rescaling(Layer):
 
     def __post_init__(self) -> None:
         check_sizes(self, "features")
+        check_numbers(self, "init_value")
 
     def __repr__(self) -> str:
         return shown(self, "features")
@@ -150,9 +156,7 @@ class Times(Weightless):
     c: float
 
     def __post_init__(self) -> None:
-        if not hasattr(self.c, "__float__") or not math.isfinite(self.c):
-            raise ValueError(f"Times: c must be a finite number, not {self.c!r}")
-        object.__setattr__(self, "c", float(self.c))
+        check_numbers(self, "c")
 
     def forward(self, params: PyTree, x: Array, key: Array | None = None) -> tuple[Array, None]:
         self._check(params, x)

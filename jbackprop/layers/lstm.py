@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jbackprop.factored import PyTree
+from jbackprop.layers.checks import check_numbers
 from jbackprop.layers.recurrent import Recurrent, carried, recurrent_input
 
 
@@ -77,6 +78,10 @@ class LSTM(Recurrent):
     forget_bias: float = 1.0
 
     gates: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, "forget_bias")
 
     def init(self, key: Array) -> PyTree:
         params = super().init(key)

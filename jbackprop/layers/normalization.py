@@ -50,7 +50,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import math
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -60,6 +59,7 @@ from jbackprop.factored import PyTree, wide_dtype
 from jbackprop.layers.checks import (
     check_features,
     check_flags,
+    check_numbers,
     check_params,
     check_sizes,
     shown,
@@ -98,12 +98,7 @@ class Normalization(Layer):
     def __post_init__(self) -> None:
         check_sizes(self, *self.sizes)
         check_flags(self, "scale", "shift")
-        if not hasattr(self.epsilon, "__float__") or not 0 <= self.epsilon < math.inf:
-            raise ValueError(
-                f"{type(self).__name__}: epsilon must be a number of at least 0, such as 1e-5, "
-                f"not {self.epsilon!r}"
-            )
-        object.__setattr__(self, "epsilon", float(self.epsilon))
+        check_numbers(self, "epsilon", least=0)
 
     def __repr__(self) -> str:
         return shown(self, *self.sizes)

@@ -39,6 +39,8 @@ from jbackprop.layers.activations import Tanh
 from jbackprop.layers.checks import (
     check_features,
     check_flags,
+    check_functions,
+    check_key,
     check_params,
     check_sizes,
     shown,
@@ -97,6 +99,7 @@ class Recurrent(Layer):
     def __post_init__(self) -> None:
         check_sizes(self, "p", "q")
         check_flags(self, "reverse", "states")
+        check_functions(self, "w_init", "u_init")
         if self.truncate is not None:
             check_sizes(self, "truncate")
 
@@ -116,6 +119,7 @@ class Recurrent(Layer):
 
     def init(self, key: Array) -> PyTree:
         dtype = jnp.result_type(float)
+        check_key(key, f"{self}.init: key")
         keys = jax.random.split(key, (2, self.gates))
         blocks_x = [self.w_init(k, (self.p, self.q), dtype) for k in keys[0]]
         blocks_h = [self.u_init(k, (self.q, self.q), dtype) for k in keys[1]]

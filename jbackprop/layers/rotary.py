@@ -14,6 +14,7 @@ from jbackprop.layers.checks import (
     check_features,
     check_flags,
     check_no_params,
+    check_numbers,
     check_sizes,
     shown,
 )
@@ -66,9 +67,7 @@ class Rotary(Weightless):
     def __post_init__(self) -> None:
         check_sizes(self, "heads")
         check_flags(self, "interleaved")
-        if not hasattr(self.base, "__float__") or not 0 < self.base < float("inf"):
-            raise ValueError(f"Rotary: base must be a positive number, not {self.base!r}")
-        object.__setattr__(self, "base", float(self.base))
+        check_numbers(self, "base", above=0)
 
     def __repr__(self) -> str:
         return shown(self, "heads")

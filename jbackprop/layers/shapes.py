@@ -44,13 +44,17 @@ class Reshape(Weightless):
     def __post_init__(self) -> None:
         try:
             shape = tuple(operator.index(n) for n in self.shape)
+            if any(isinstance(n, bool) for n in self.shape):
+                raise TypeError
         except TypeError:
             raise ValueError(
-                f"Reshape: the shape of one example must be a tuple of whole numbers, such as "
-                f"(7, 7, 16), not {self.shape!r}"
+                f"Reshape: shape is that of one example, and must be a tuple of whole "
+                f"numbers, such as (7, 7, 16), not {self.shape!r}"
             ) from None
         if any(n < -1 for n in shape) or shape.count(-1) > 1:
-            raise ValueError(f"Reshape: sizes are 0 or more, and at most one -1; not {shape}")
+            raise ValueError(
+                f"Reshape: sizes in shape must be 0 or more, and at most one -1; not {shape}"
+            )
         object.__setattr__(self, "shape", shape)
 
     def forward(self, params: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Shape]:

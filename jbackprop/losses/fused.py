@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.checks import check_numbers, check_sizes
 from jbackprop.factored import wide_dtype
 from jbackprop.losses.base import Head, wide
 from jbackprop.losses.softmax import SoftmaxCrossEntropy
@@ -83,16 +84,9 @@ class FusedSoftmaxCrossEntropy(SoftmaxCrossEntropy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        cap = self.logit_cap
-        if cap is not None and not (hasattr(cap, "__float__") and 0 < cap < math.inf):
-            raise ValueError(f"logit_cap must be positive and finite, or None, not {cap!r}")
-        for name in ("block", "vocab_block"):
-            size = getattr(self, name)
-            if size is None:
-                continue
-            if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
-                raise ValueError(f"{name} must be an int of at least 1, or None, not {size!r}")
-            object.__setattr__(self, name, size.__index__())
+        if self.logit_cap is not None:
+            check_numbers(self, "logit_cap", above=0)
+        check_sizes(self, *(n for n in ("block", "vocab_block") if getattr(self, n) is not None))
 
     # The plain way, from net inputs.
 

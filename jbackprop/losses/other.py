@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jbackprop.checks import check_numbers
 from jbackprop.losses.base import (
     Loss,
     check_range,
@@ -42,8 +43,7 @@ class Huber(Loss):
     d: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.d < np.inf:
-            raise ValueError(f"Huber: d must be positive and finite, not {self.d}")
+        check_numbers(self, "d", above=0)
 
     def value(self, z: Array, y: Any) -> Array:
         check_same_shape(self, z.shape, y)

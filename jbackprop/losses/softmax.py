@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jbackprop.checks import check_numbers, number_of
 from jbackprop.losses.base import check_range, is_concrete, unit_vectors
 from jbackprop.losses.canonical import Canonical
 
@@ -64,24 +65,27 @@ class SoftmaxCrossEntropy(Canonical):
     ignore_index: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be from 0 to 1, not {self.label_smoothing}")
+        name = type(self).__name__
+        check_numbers(self, "label_smoothing", least=0, most=1)
         if self.ignore_index is not None:
             if isinstance(self.ignore_index, bool) or not hasattr(self.ignore_index, "__index__"):
-                raise TypeError(f"ignore_index must be an int, not {self.ignore_index!r}")
+                raise TypeError(f"{name}: ignore_index must be an int, not {self.ignore_index!r}")
             object.__setattr__(self, "ignore_index", self.ignore_index.__index__())
         if self.class_weights is not None:
             if isinstance(self.class_weights, Mapping | str) or not isinstance(
                 self.class_weights, Iterable
             ):
                 raise TypeError(
-                    "class_weights must be a sequence with one number for each class, in their "
-                    f"order, not {self.class_weights!r}"
+                    f"{name}: class_weights must be a sequence with one number for each class, in "
+                    f"their order, not {self.class_weights!r}"
                 )
-            weights = tuple(float(w) for w in self.class_weights)
+            weights = tuple(
+                number_of(w, f"{name}: class_weights[{c}]", least=0)
+                for c, w in enumerate(self.class_weights)
+            )
+            if not weights:
+                raise ValueError(f"{name}: class_weights is empty: it needs one for each class")
             object.__setattr__(self, "class_weights", weights)
-            if not all(0 <= w < np.inf for w in weights):
-                raise ValueError(f"class_weights must be finite and not negative, not {weights}")
 
     def __repr__(self) -> str:
         options = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)

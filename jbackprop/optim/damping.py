@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from jbackprop.checks import check_numbers, check_sizes
 from jbackprop.factored import PyTree, wide_dtype, widest_dtype
 
 
@@ -44,17 +45,14 @@ class LevenbergMarquardt:
     most: float = 1e8
 
     def __post_init__(self) -> None:
+        check_numbers(self, "initial", "least", "most", above=0)
+        check_numbers(self, "factor", above=0, below=1)
+        check_sizes(self, "every")
         if not 0 < self.least <= self.initial <= self.most < math.inf:
             raise ValueError(
                 f"LevenbergMarquardt: 0 < least <= initial <= most is needed, not {self.least}, "
                 f"{self.initial}, {self.most}"
             )
-        if isinstance(self.every, bool) or not hasattr(self.every, "__index__") or self.every < 1:
-            raise ValueError(
-                f"LevenbergMarquardt: every must be an int of at least 1, not {self.every!r}"
-            )
-        if not 0 < self.factor < 1:
-            raise ValueError(f"LevenbergMarquardt: factor must be in (0, 1), not {self.factor}")
 
     def adapted(self, damping: Array, ratio: Array) -> Array:
         """lambda after a look at rho."""

@@ -72,7 +72,7 @@ def deferred(
     Raises:
         ValueError, TypeError: as `backprop`; and where a layer couples the examples.
     """
-    check_call(net, loss, params, x, y)
+    check_call(net, loss, params, x, y, key)
     refuse_coupling(net, "the gradient of one of them")
     outputs = jax.eval_shape(
         lambda params, x, y: sweep_forward(net, loss, params, x, y).outputs, params, x, y

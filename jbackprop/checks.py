@@ -1,0 +1,122 @@
+"""What settings must be: sizes, flags, numbers, functions, keys; refused in words that say so."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_sizes(of: Any, *names: str, least: int = 1) -> None:
+    """Make each field named an int; raise unless it is one of at least `least`."""
+    for name in names:
+        value = getattr(of, name)
+        object.__setattr__(of, name, size_of(value, f"{type(of).__name__}: {name}", least))
+
+
+def size_of(value: Any, what: str, least: int = 1) -> int:
+    """A size as an int, NumPy's integers too; raise unless it is one of at least `least`."""
+    size = None
+    if hasattr(value, "__index__") and not isinstance(value, bool):
+        try:
+            size = operator.index(value)
+        except TypeError:  # an array of several, or a tracer
+            size = None
+    if size is None or size < least:
+        raise ValueError(f"{what} must be an int of at least {least}, not {value!r}")
+    return size
+
+
+def check_flags(of: Any, *names: str) -> None:
+    """Raise unless each field named is True or False: text, for one, would count as True."""
+    for name in names:
+        flag = flag_of(getattr(of, name), f"{type(of).__name__}: {name}")
+        object.__setattr__(of, name, flag)
+
+
+def flag_of(value: Any, what: str) -> bool:
+    """A flag; raise unless it is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{what} must be True or False, not {value!r}")
+    return bool(value)
+
+
+def check_numbers(of: Any, *names: str, **bounds: float) -> None:
+    """Make each field named a float; raise unless `number_of` takes it."""
+    for name in names:
+        number = number_of(getattr(of, name), f"{type(of).__name__}: {name}", **bounds)
+        object.__setattr__(of, name, number)
+
+
+def number_of(
+    value: Any,
+    what: str,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> float:
+    """A number as Python's float; raise unless it is real, finite and within bounds.
+
+    Args:
+        value: what came.
+        what: what it is, for the message.
+        least, above: the lower bound, with and without itself.
+        most, below: the upper bound, with and without itself.
+
+    Raises:
+        TypeError: no real number: text, None, an array of several, a value under `jax.jit`.
+        ValueError: a number out of bounds.
+    """
+    bounds = (("at least ", least), ("above ", above), ("at most ", most), ("below ", below))
+    given = " and ".join(f"{word}{b:g}" for word, b in bounds if math.isfinite(b))
+    due = f"{what} must be a finite number{' ' * bool(given)}{given}, not {value!r}"
+    number = _real(value)
+    if number is None:
+        raise TypeError(due)
+    if not (math.isfinite(number) and least <= number <= most and above < number < below):
+        raise ValueError(due)
+    return number
+
+
+def _real(value: Any) -> float | None:
+    """A real number as Python's float; None for anything else."""
+    if isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer):
+        real = jnp.issubdtype(value.dtype, np.floating) or jnp.issubdtype(value.dtype, np.integer)
+        return float(value) if value.ndim == 0 and real else None
+    if isinstance(value, bool | np.bool_ | jax.core.Tracer):
+        return None
+    if isinstance(value, numbers.Real | np.generic) and not isinstance(value, np.complexfloating):
+        return float(value)
+    return None
+
+
+def check_functions(of: Any, *names: str) -> None:
+    """Raise unless each field named can be called."""
+    for name in names:
+        function_of(getattr(of, name), f"{type(of).__name__}: {name}")
+
+
+def function_of(value: Any, what: str) -> Any:
+    """A function; raise unless it can be called."""
+    if not callable(value):
+        raise TypeError(f"{what} must be a function, not {value!r}")
+    return value
+
+
+def check_key(key: Any, what: str = "key", optional: bool = False) -> None:
+    """Raise unless it is one of JAX's random keys, of the new kind or the old; or None."""
+    if key is None and optional:
+        return
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+    old = dtype == np.uint32 and shape in ((2,), (4,))
+    if not (new or old):
+        came = repr(key) if shape is None else f"an array of shape {shape} and dtype {dtype}"
+        raise TypeError(f"{what} must be one random key, such as jax.random.key(0), not {came}")
