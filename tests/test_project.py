@@ -11,7 +11,7 @@ import jbackprop as jb
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jbackprop"
 ORDER = [
-    ["factored"], ["sweep"], ["structure"], ["layers"], ["compose"], ["losses"], ["gradient"],
+    ["factored", "checks"], ["sweep"], ["structure"], ["layers"], ["compose"], ["losses"], ["gradient"],
     ["objective", "observe", "sharding", "table"], ["averages", "capture", "per_example"], ["check"], ["curvature"], ["diagnose", "metrics", "optim", "summary"],
     ["credit"], ["train"], ["catalogue", "datasets", "bench"], ["demo"], ["cli"], ["__init__", "__main__"],
 ]  # fmt: skip
