@@ -71,30 +71,29 @@ def number_of(
         most, below: the upper bound, with and without itself.
 
     Raises:
-        TypeError: no real number: text, None, an array of several, a value under `jax.jit`.
-        ValueError: a number out of bounds.
+        ValueError: a number out of bounds, or none: text, None, an array of several.
     """
     bounds = (("at least ", least), ("above ", above), ("at most ", most), ("below ", below))
     given = " and ".join(f"{word}{b:g}" for word, b in bounds if math.isfinite(b))
-    due = f"{what} must be a finite number{' ' * bool(given)}{given}, not {value!r}"
+    given = f" of {given}" if given.startswith("at") else f" {given}" if given else ""
+    due = f"{what} must be a finite number{given}, not {value!r}"
     number = _real(value)
-    if number is None:
-        raise TypeError(due)
-    if not (math.isfinite(number) and least <= number <= most and above < number < below):
+    if number is None or not (least <= number <= most and above < number < below):
         raise ValueError(due)
     return number
 
 
 def _real(value: Any) -> float | None:
-    """A real number as Python's float; None for anything else."""
-    if isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer):
+    """A finite real number as Python's float; None for anything else."""
+    number = math.nan
+    if isinstance(value, jax.Array | np.ndarray | np.generic) and not isinstance(
+        value, jax.core.Tracer
+    ):
         real = jnp.issubdtype(value.dtype, np.floating) or jnp.issubdtype(value.dtype, np.integer)
-        return float(value) if value.ndim == 0 and real else None
-    if isinstance(value, bool | np.bool_ | jax.core.Tracer):
-        return None
-    if isinstance(value, numbers.Real | np.generic) and not isinstance(value, np.complexfloating):
-        return float(value)
-    return None
+        number = float(value) if value.ndim == 0 and real else math.nan
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+    return number if math.isfinite(number) else None
 
 
 def check_functions(of: Any, *names: str) -> None:

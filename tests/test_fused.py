@@ -337,8 +337,8 @@ def test_the_default_blocks_are_some_megabytes():
 
 def test_what_is_refused():
     for options, what in (
-        ({"logit_cap": 0.0}, "logit_cap must be positive"),
-        ({"logit_cap": jnp.inf}, "logit_cap must be positive"),
+        ({"logit_cap": 0.0}, "logit_cap must be a finite number above 0"),
+        ({"logit_cap": jnp.inf}, "logit_cap must be a finite number above 0"),
         ({"block": 0}, "block must be an int of at least 1"),
         ({"block": True}, "block must be an int"),
         ({"vocab_block": 2.5}, "vocab_block must be an int"),

@@ -317,9 +317,9 @@ def test_targets_that_do_not_fit(case):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: jb.SoftmaxCrossEntropy(label_smoothing=1.5), "from 0 to 1"),
-        (lambda: jb.SoftmaxCrossEntropy(class_weights=(1.0, -2.0)), "not negative"),
-        (lambda: jb.Huber(0.0), "positive"),
+        (lambda: jb.SoftmaxCrossEntropy(label_smoothing=1.5), "at least 0 and at most 1"),
+        (lambda: jb.SoftmaxCrossEntropy(class_weights=(1.0, -2.0)), r"class_weights\[1\] must be a finite number of at least 0"),
+        (lambda: jb.Huber(0.0), "above 0"),
     ],
 )
 def test_options_that_make_no_sense(make, message):

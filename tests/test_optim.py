@@ -313,7 +313,7 @@ REFUSED = {
     "invert": (lambda e: jb.optim.kfac(NET, LOSS, e, 1.0, invert_every=0, **EXACT), "invert_every"),
     "iterations": (lambda e: jb.optim.hessian_free(NET, LOSS, iterations=0), "iterations must"),
     "warm": (lambda e: jb.optim.hessian_free(NET, LOSS, warm_start=2), "warm_start must"),
-    "LM": (lambda e: LM(initial=-1.0), "least <= initial"),
+    "LM": (lambda e: LM(initial=1e9), "least <= initial"),
     "every": (lambda e: LM(every=0), "every must be"),
     "factor": (lambda e: LM(factor=1.0), "factor must be"),
 }

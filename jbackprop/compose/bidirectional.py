@@ -33,7 +33,7 @@ def bidirectional(layer: Recurrent, last: bool = False) -> Sequential:
     """
     if not isinstance(layer, Recurrent):
         raise TypeError(
-            f"bidirectional: layer must be a recurrent one such as LSTM(p, q), not {layer!r}"
+            f"bidirectional: layer must be a recurrent layer such as LSTM(p, q), not {layer!r}"
         )
     flag_of(last, "bidirectional: last")
     if layer.states:
