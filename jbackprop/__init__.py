@@ -123,11 +123,14 @@ from jbackprop.sweep import Layer as Layer
 from jbackprop.sweep import Trace as Trace
 from jbackprop.sweep import backward as backward
 from jbackprop.sweep import forward as forward
+from jbackprop.train import CSVLogger as CSVLogger
 from jbackprop.train import EarlyStopping as EarlyStopping
 from jbackprop.train import Fit as Fit
+from jbackprop.train import JSONLinesLogger as JSONLinesLogger
 from jbackprop.train import NonFiniteError as NonFiniteError
 from jbackprop.train import Privacy as Privacy
 from jbackprop.train import Private as Private
+from jbackprop.train import TensorBoardLogger as TensorBoardLogger
 from jbackprop.train import evaluate as evaluate
 from jbackprop.train import fit as fit
 
