@@ -119,3 +119,25 @@ def check_key(key: Any, what: str = "key", optional: bool = False) -> None:
     if not (new or old):
         came = repr(key) if shape is None else f"an array of shape {shape} and dtype {dtype}"
         raise TypeError(f"{what} must be one random key, such as jax.random.key(0), not {came}")
+
+
+def check_arrays(name: str, tree: Any) -> None:
+    """Raise unless all leaves are arrays of real numbers, of integers, or of truth values."""
+    if isinstance(tree, list) or tree is None:
+        raise TypeError(
+            f"{name} must be arrays (or tuples of them), not {type(tree).__name__}: "
+            f"use np.asarray({name})"
+        )
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        place = name + jax.tree_util.keystr(path)
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"{place} must be arrays with a batch axis, (B, ...), not {leaf!r}: "
+                f"use np.asarray({place})"
+            )
+        kinds = (jnp.floating, jnp.integer, jnp.bool_, jax.dtypes.extended)
+        if not any(jnp.issubdtype(leaf.dtype, kind) for kind in kinds):
+            raise TypeError(
+                f"{place} must be arrays of real numbers, not of {leaf.dtype}: "
+                f"use {place}.astype('float32') if that is what it holds"
+            )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jbackprop.checks import check_key
+from jbackprop.checks import check_arrays, check_key
 from jbackprop.factored import Coupled, Factored, PyTree, is_factored, weighted
 from jbackprop.losses import Loss
 from jbackprop.structure import by_copy, rebuild, walk
@@ -195,28 +195,6 @@ def check_params(params: Any) -> None:
             raise TypeError(
                 f"params{jax.tree_util.keystr(path)} has the dtype {dtype}: "
                 "parameters must be floating-point numbers; make them with init"
-            )
-
-
-def check_arrays(name: str, tree: Any) -> None:
-    """Raise unless all leaves are arrays of real numbers, of integers, or of truth values."""
-    if isinstance(tree, list) or tree is None:
-        raise TypeError(
-            f"{name} must be arrays (or tuples of them), not {type(tree).__name__}: "
-            f"use np.asarray({name})"
-        )
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        place = name + jax.tree_util.keystr(path)
-        if not hasattr(leaf, "dtype"):
-            raise TypeError(
-                f"{place} must be arrays with a batch axis, (B, ...), not {leaf!r}: "
-                f"use np.asarray({place})"
-            )
-        kinds = (jnp.floating, jnp.integer, jnp.bool_, jax.dtypes.extended)
-        if not any(jnp.issubdtype(leaf.dtype, kind) for kind in kinds):
-            raise TypeError(
-                f"{place} must be arrays of real numbers, not of {leaf.dtype}: "
-                f"use {place}.astype('float32') if that is what it holds"
             )
 
 

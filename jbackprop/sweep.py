@@ -24,6 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 from jax import Array
 
+from jbackprop.checks import check_arrays
 from jbackprop.factored import Factored, PyTree, is_factored, place_in
 
 BATCH_AXIS = "batch"
@@ -243,14 +244,17 @@ def keys_for(layers: Sequence[Node], key: Array | None) -> list[Array | None]:
 
 def batch_size(x: Any) -> int:
     """The length of the leading axis of a batch, be it one array or a tree of them."""
+    check_arrays("x", x)
     leaves = jax.tree.leaves(x)
-    if not leaves or any(jax.numpy.ndim(leaf) == 0 for leaf in leaves):
+    if not leaves or any(leaf.ndim == 0 for leaf in leaves):
         raise ValueError(
             "inputs need a batch axis in front, (B, ...); for one example pass x[None]"
         )
     sizes = {leaf.shape[0] for leaf in leaves}
     if len(sizes) > 1:
-        raise ValueError(f"the input arrays have different batch sizes: {sorted(sizes)}")
+        raise ValueError(
+            f"the input arrays have different batch sizes, {sorted(sizes)}: they must be of one"
+        )
     return int(sizes.pop())
 
 
@@ -266,11 +270,11 @@ def forward(net: Node, params: PyTree, x: Any, key: Array | None = None) -> tupl
     Returns:
         The outputs (B, ...), and what was saved: the third part of the network's `Trace`.
     """
+    n = batch_size(x)
     if isinstance(net, Composite):
         return net.forward(params, x, key)
     if not isinstance(net, Layer):
         raise _no_layer(net)
-    n = batch_size(x)
     keys = jax.random.split(key, n) if key is not None and net.draws else None
     return _layer_forward(net, params, x, keys)
 

@@ -52,7 +52,7 @@ def test_quantities_and_the_checker_know_no_concrete_layer():
         assert set(imported(path)) <= {"factored"}, path
     for path in (PACKAGE / "capture").rglob("*.py"):
         assert set(imported(path)) <= {"capture", "factored", "table"}, path
-    assert set(imported(PACKAGE / "sweep.py")) == {"factored"}
+    assert set(imported(PACKAGE / "sweep.py")) == {"checks", "factored"}
 
 
 def test_nothing_of_jax_that_is_private():
