@@ -210,7 +210,7 @@ class Composite(Node):
             found = f" of {len(tree)}" if isinstance(tree, tuple | list) else ""
             raise ValueError(
                 f"{type(self).__name__} of {number} layers: a tree like its params is a tuple of "
-                f"{number}, not a {type(tree).__name__}{found}"
+                f"{number}, not a {type(tree).__name__}{found}; parameters are made with init"
             )
         return tree
 
