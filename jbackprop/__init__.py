@@ -116,6 +116,10 @@ from jbackprop.losses import SquaredError as SquaredError
 from jbackprop.objective import predict as predict
 from jbackprop.objective import value_and_grad as value_and_grad
 from jbackprop.observe import activations as activations
+from jbackprop.saved import FormatError as FormatError
+from jbackprop.saved import Saved as Saved
+from jbackprop.saved import load as load
+from jbackprop.saved import save as save
 from jbackprop.structure import trainable_mask as trainable_mask
 from jbackprop.summary import summary as summary
 from jbackprop.sweep import Composite as Composite
@@ -123,11 +127,14 @@ from jbackprop.sweep import Layer as Layer
 from jbackprop.sweep import Trace as Trace
 from jbackprop.sweep import backward as backward
 from jbackprop.sweep import forward as forward
+from jbackprop.train import CheckpointError as CheckpointError
+from jbackprop.train import Checkpoints as Checkpoints
 from jbackprop.train import CSVLogger as CSVLogger
 from jbackprop.train import EarlyStopping as EarlyStopping
 from jbackprop.train import Fit as Fit
 from jbackprop.train import JSONLinesLogger as JSONLinesLogger
 from jbackprop.train import NonFiniteError as NonFiniteError
+from jbackprop.train import Preempted as Preempted
 from jbackprop.train import Privacy as Privacy
 from jbackprop.train import Private as Private
 from jbackprop.train import TensorBoardLogger as TensorBoardLogger

@@ -17,7 +17,7 @@ from sklearn.datasets import load_iris
 from truth import assert_close, mean_cost, relative
 
 import jbackprop as jb
-from jbackprop.train import progress
+from jbackprop.train import checks, placement, progress, run
 
 NET = jb.mlp([4, 8, 3])
 LOSS = jb.SoftmaxCrossEntropy()
@@ -246,13 +246,12 @@ def test_ctrl_c_never_returns_parameters_that_are_not_finite(params):
         return jax.tree.map(lambda g: g * jnp.where(state == 1, jnp.nan, 1.0), grads), state + 1
 
     poisoned = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros((), int), update)
-    module = sys.modules["jbackprop.train.run"]
-    task = module.Task(NET, LOSS, poisoned, ())
-    state = module.Run(task, params, X, Y, 50, jax.random.key(0))
-    for b in state._batches(1):
-        state.params, state.opt_state, _ = module._step(
-            task, state.params, state.opt_state, state._x, state._y, b, None
-        )
+    task = run.Task(NET, LOSS, poisoned, ())
+    place = placement.Placement(NET, params, None, None)
+    data = checks.check_data("data", checks.Fitting(NET, LOSS, params), (X, Y))
+    state = run.Run(task, params, data, 50, jax.random.key(0), place)
+    for batch in state._feed.batches(1):
+        state._go(batch, {})
     assert not np.isfinite(state.params[0]["w"]).any()
     state.settle()
     assert_close(state.params, params, 0)
@@ -270,7 +269,7 @@ def test_numpys_integers_are_integers(params):
 
 
 def test_one_compilation_for_equal_calls(params):
-    step = sys.modules["jbackprop.train.run"]._step
+    step = run._step
     optimizer = optax.sgd(0.123)
     before = step._cache_size()
     for _ in range(3):

@@ -1,7 +1,8 @@
-"""What training refuses before it begins."""
+"""What training refuses: before it begins, or, of data that come piece by piece, as they come."""
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -15,55 +16,144 @@ from jbackprop.losses import Loss
 from jbackprop.sweep import Node, batch_size, forward
 
 
-def check_data(
-    name: str, net: Node, loss: Loss, params: PyTree, data: Any, rule: Rule | State | None = None
-) -> tuple[Any, Any]:
-    """Data as arrays in the dtype of the parameters, or an error that says what does not fit.
+@dataclasses.dataclass(frozen=True)
+class Fitting:
+    """What examples must be like, to be learnt from or evaluated.
 
-    A rule that is to learn from it, or has learned and gives the outputs, says that itself.
+    Attributes:
+        net, loss, params: of the network.
+        rule: a rule that is to learn from them, or one's state that has learned and gives the
+            outputs: it says itself what does not fit.
     """
+
+    net: Node
+    loss: Loss
+    params: PyTree
+    rule: Rule | State | None = None
+
+    @property
+    def dtype(self) -> Any:
+        """What floating-point inputs are cast to: the dtype of the parameters."""
+        leaves = jax.tree.leaves(self.params)
+        return jnp.result_type(*leaves) if leaves else jnp.result_type(float)
+
+    def cast(self, dtype: Any) -> Any:
+        """What inputs of a dtype become."""
+        return self.dtype if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+    def values(self, name: str, x: Any, y: Any) -> Any:
+        """The inputs in the dtype of the parameters, where all values are numbers and finite."""
+        for part, tree in (("x", x), ("y", y)):
+            for leaf in jax.tree.leaves(tree):
+                _check_finite(name, part, leaf)
+        return jax.tree.map(lambda leaf: _to(name, leaf, self.dtype), x)
+
+    def shapes(self, x: Any, y: Any) -> tuple[int, ...] | None:
+        """Raise where the network, the loss or the rule cannot take them; the outputs' shape."""
+        if isinstance(self.rule, Rule):
+            self.rule.check(self.net, self.loss, self.params, x, y)
+            return None
+        if self.rule is not None:
+            outputs = jax.eval_shape(self.rule.rule.outputs, self.rule, self.params, x)
+        else:
+            outputs = jax.eval_shape(lambda p, x: forward(self.net, p, x)[0], self.params, x)
+        self.loss.check(outputs.shape, y)
+        return tuple(outputs.shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Arrays of examples, in memory or in memory maps; those of maps are checked as they are read.
+
+    Attributes:
+        name: what they are called in errors.
+        x, y: trees of arrays, the examples along the first axis.
+        n: how many there are.
+        needs: what they must be like.
+        outputs: the shape of one example's output, where the targets are yet to be checked.
+        mapped: whether any of them is a memory map.
+    """
+
+    name: str
+    x: Any
+    y: Any
+    n: int
+    needs: Fitting
+    outputs: tuple[int, ...] | None
+    mapped: bool
+
+    def rows(self, at: Any) -> tuple[Any, Any]:
+        """The examples at indices, or of a slice."""
+        x, y = jax.tree.map(lambda leaf: np.asarray(leaf[at]), (self.x, self.y))
+        if not self.mapped:
+            return x, y
+        where = f"{at.start} to {at.stop}" if isinstance(at, slice) else f"{list(at[:3])}, ..."
+        name = f"{self.name}, of the examples {where}"
+        x = self.needs.values(name, x, y)
+        if self.outputs is not None:
+            self.needs.loss.check((len(jax.tree.leaves(y)[0]), *self.outputs), y)
+        return x, y
+
+
+def check_data(name: str, needs: Fitting, data: Any) -> Examples:
+    """Arrays in the dtype of the parameters, or an error that says what does not fit."""
+    x, y = pair(name, data)
+    n = lengths(name, x, y)
+    mapped = any(isinstance(leaf, np.memmap) for leaf in jax.tree.leaves((x, y)))
+    if mapped:
+        few = jax.tree.map(lambda leaf: np.asarray(leaf[:2]), (x, y))
+        outputs = needs.shapes(needs.values(name, *few), few[1])
+    else:
+        x = needs.values(name, x, y)
+        outputs = needs.shapes(x, y)
+    return Examples(name, x, y, n, needs, outputs, mapped)
+
+
+def pair(name: str, data: Any) -> tuple[Any, Any]:
+    """x and y, of NumPy arrays."""
     if not isinstance(data, tuple | list) or len(data) != 2:
-        raise TypeError(f"{name} must be a pair (x, y) of arrays, not {type(data).__name__}")
-    leaves = jax.tree.leaves(params)
-    dtype = jnp.result_type(*leaves) if leaves else jnp.result_type(float)
+        raise TypeError(
+            f"{name} must be a pair (x, y) of arrays, or an iterable of such pairs, one for each "
+            f"mini-batch, not {type(data).__name__}"
+        )
     x, y = (
-        np.asarray(part) if isinstance(part, list) else jax.tree.map(np.asarray, part)
-        for part in data
+        np.asarray(part) if isinstance(part, list) else jax.tree.map(_array, part) for part in data
     )
+    return x, y
+
+
+def lengths(name: str, x: Any, y: Any) -> int:
+    """How many examples there are; an error unless x and y have as many, and at least one."""
     n = batch_size(x)
-    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(y)}
-    if lengths != {n}:
-        raise ValueError(f"{name}: x has {n} examples, but y has {' and '.join(map(str, lengths))}")
+    found = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(y)}
+    if found != {n}:
+        raise ValueError(f"{name}: x has {n} examples, but y has {' and '.join(map(str, found))}")
     if n == 0:
         raise ValueError(f"{name} is empty: there is no example in it")
-    for part, tree in (("x", x), ("y", y)):
-        for leaf in jax.tree.leaves(tree):
-            _check_finite(name, part, leaf)
-    x = jax.tree.map(lambda leaf: _to(name, leaf, dtype), x)
-    if isinstance(rule, Rule):
-        rule.check(net, loss, params, x, y)
-    elif rule is not None:
-        loss.check(jax.eval_shape(rule.rule.outputs, rule, params, x).shape, y)
-    else:
-        outputs = jax.eval_shape(lambda p, x: forward(net, p, x)[0], params, x)
-        loss.check(outputs.shape, y)
-    return x, y
+    return n
 
 
 def check_batch_size(batch_size: int | None, n: int) -> int:
     """The size of a batch, all n for None."""
     if batch_size is None:
         return n
-    if not hasattr(batch_size, "__index__") or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(
-            f"batch_size must be at least 1, or None for the whole data at once; got {batch_size!r}"
-        )
+    check_whole("batch_size", batch_size, ", or None for the whole data at once")
     if batch_size > n:
         raise ValueError(
             f"batch_size is {batch_size}, but there are only {n} training examples; "
             "None takes them all at once"
         )
     return operator.index(batch_size)
+
+
+def check_whole(name: str, value: Any, otherwise: str = "") -> None:
+    """Raise unless it is an int, and at least 1."""
+    if not hasattr(value, "__index__") or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an int of at least 1{otherwise}; got {value!r}")
+
+
+def _array(leaf: Any) -> np.ndarray:
+    return leaf if isinstance(leaf, np.memmap) else np.asarray(leaf)
 
 
 def _check_finite(name: str, part: str, values: np.ndarray) -> None:
@@ -86,4 +176,4 @@ def _to(name: str, leaf: np.ndarray, dtype: Any) -> np.ndarray:
     largest, value = float(jnp.finfo(dtype).max), float(np.max(np.abs(leaf), initial=0))
     if value > largest:
         raise ValueError(f"{name}: x has the value {value:.3g}, too large for {dtype} parameters")
-    return leaf.astype(dtype)
+    return leaf.astype(dtype, copy=False)

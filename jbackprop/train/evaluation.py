@@ -9,15 +9,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from jbackprop.credit import State
 from jbackprop.factored import PyTree
 from jbackprop.gradient import refuse_coupling
 from jbackprop.losses import Loss
 from jbackprop.objective import costs
+from jbackprop.sharding import Sharding
 from jbackprop.sweep import Node, forward
-from jbackprop.train.checks import check_data
+from jbackprop.train.checks import Examples, Fitting
+from jbackprop.train.data import Loaded, Order, Picked, Streamed, examples_of
+from jbackprop.train.placement import Placement
 
 Metric = Callable[[Any, Any], Array]
 """(outputs, targets) -> one number for each example, (B,); see `jbackprop.metrics`."""
@@ -41,18 +46,22 @@ def evaluate(
     net: Node,
     loss: Loss,
     params: PyTree,
-    data: tuple[Any, Any],
+    data: Any,
     metrics: Mapping[str, Metric] | None = None,
     *,
     rule_state: State | None = None,
+    mesh: Mesh | None = None,
+    sharding: Sharding | None = None,
 ) -> dict[str, float]:
     """The mean cost, and the mean of each metric, over a data set.
 
     Args:
         net, loss, params: the network.
-        data: (x, y), with the examples along the first axis.
+        data: (x, y), with the examples along the first axis, arrays or memory maps; or an iterable
+            of such batches. As `fit` takes them.
         metrics: by name, functions (outputs, targets) -> (B,).
         rule_state: of a rule of `jbackprop.credit`, for outputs as the rule has them.
+        mesh, sharding: the devices to evaluate on; as `fit` takes them.
 
     Returns:
         {"loss": ..., name: ...}, means over the examples.
@@ -61,15 +70,43 @@ def evaluate(
         ValueError, TypeError: data or parameters that do not fit; a layer that couples examples.
     """
     refuse_coupling(net, "a cost")
-    x, y = check_data("data", net, loss, params, data, rule_state)
-    n = len(jax.tree.leaves(y)[0])
+    place = Placement(net, params, mesh, sharding)
+    needs = Fitting(net, loss, params, rule_state)
+    found = examples_of("data", needs, data, place)
+    if mesh is not None:
+        params = place.params(params)
+    return evaluated(net, loss, params, found, tuple((metrics or {}).items()), rule_state, place)
+
+
+def evaluated(
+    net: Node,
+    loss: Loss,
+    params: PyTree,
+    data: Examples | Loaded,
+    metrics: tuple[tuple[str, Metric], ...],
+    rule_state: State | None,
+    place: Placement,
+) -> dict[str, float]:
+    """The same, of what has been checked, with parameters in their places."""
     sums: dict[str, float] = {}
-    for start in range(0, n, _AT_ONCE):
-        part = jax.tree.map(lambda leaf, s=start: leaf[s : s + _AT_ONCE], (x, y))
-        found = _evaluate(net, loss, tuple((metrics or {}).items()), params, rule_state, *part)
+    n = 0
+    feed = data if isinstance(data, Loaded) else Streamed(data, in_parts(data.n), place, True)
+    for batch in feed.batches(1):
+        n += batch.size
+        found = _evaluate(net, loss, metrics, params, rule_state, batch.x, batch.y, batch.weights)
         for name, total in found.items():
             sums[name] = sums.get(name, 0.0) + float(total)
-    return {name: sums[name] / n for name in ("loss", *(metrics or {}))}
+    return {name: sums[name] / n for name in ("loss", *dict(metrics))}
+
+
+def in_parts(n: int) -> Order:
+    """The examples in their own order, some at a time."""
+
+    def order(epoch: int) -> Iterator[Picked]:
+        for start in range(0, n, _AT_ONCE):
+            yield Picked(np.arange(start, min(start + _AT_ONCE, n)))
+
+    return order
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -81,13 +118,16 @@ def _evaluate(
     rule_state: State | None,
     x: Any,
     y: Any,
+    weights: Array | None,
 ) -> dict[str, Array]:
+    outputs = None
     if rule_state is not None:
         state = dataclasses.replace(rule_state, net=net)
         outputs = state.rule.outputs(state, params, x)
-    elif loss.fuses and not metrics:
-        return {"loss": jnp.sum(costs(net, loss, params, x, y))}
-    else:
+    elif not loss.fuses or metrics:
         outputs, _ = forward(net, params, x)
-    sums = {"loss": jnp.sum(loss.value(outputs, y))}
-    return sums | {name: jnp.sum(values) for name, values in measure(metrics, outputs, y)}
+    losses = costs(net, loss, params, x, y) if outputs is None else loss.value(outputs, y)
+    values = {"loss": losses} | dict(measure(metrics, outputs, y))
+    if weights is not None:
+        values = {k: jnp.where(weights == 0, 0, v) for k, v in values.items()}
+    return {name: jnp.sum(v) for name, v in values.items()}

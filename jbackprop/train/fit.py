@@ -3,59 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
 from jbackprop.averages import State as Averages
 from jbackprop.averages import check_folds
 from jbackprop.credit import Rule, State
 from jbackprop.factored import PyTree
 from jbackprop.losses import Loss
+from jbackprop.sharding import Sharding
 from jbackprop.sweep import Node
 from jbackprop.train.accounting import Privacy
-from jbackprop.train.checks import check_batch_size, check_data
-from jbackprop.train.evaluation import Metric, evaluate
+from jbackprop.train.checkpoints import CheckpointError, Checkpoints, Store
+from jbackprop.train.checks import Fitting, check_batch_size, check_whole
+from jbackprop.train.data import Loaded, examples_of
+from jbackprop.train.evaluation import Metric, evaluated
+from jbackprop.train.kept import Kept, configuration_of, monitoring
+from jbackprop.train.placement import Placement
+from jbackprop.train.preemption import Watch
 from jbackprop.train.private import Private, PrivateRun
 from jbackprop.train.progress import Progress
 from jbackprop.train.ruled import RuledRun
-from jbackprop.train.run import Run, Task
-
-
-@dataclasses.dataclass(frozen=True)
-class EarlyStopping:
-    """Stop when nothing has improved for a while, and go back to the best parameters.
-
-    Attributes:
-        patience: how many epochs without improvement to wait for.
-        monitor: the entry of the history to watch.
-        higher_is_better: whether it should grow, as an accuracy.
-        min_delta: what counts as an improvement, at least.
-    """
-
-    patience: int = 10
-    monitor: str = "validation_loss"
-    higher_is_better: bool = False
-    min_delta: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not hasattr(self.patience, "__index__") or self.patience < 1:
-            raise ValueError(
-                f"EarlyStopping: patience must be an int of at least 1, not {self.patience}"
-            )
-        if not self.min_delta >= 0:
-            raise ValueError(f"EarlyStopping: min_delta must not be negative: {self.min_delta}")
-
-    def better(self, value: float, best: float | None) -> bool:
-        """Whether value improves on the best so far; NaN never does."""
-        if best is None:
-            return not math.isnan(value)
-        gain = value - best if self.higher_is_better else best - value
-        return gain > self.min_delta
+from jbackprop.train.run import NonFinite, Run, Task
+from jbackprop.train.stopping import EarlyStopping, Keeper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +69,8 @@ class Fit:
             network to predict and evaluate with. {} where there is no batch norm.
         privacy: (epsilon, delta) and what they follow from, with `private`; else None.
         rule_state: the last state of the `rule`; else None.
+        skipped: steps whose work was thrown away, as `nonfinite` has it.
+        resumed_from: the step of the checkpoint that training went on from; None: from none.
     """
 
     params: PyTree
@@ -104,44 +81,56 @@ class Fit:
     averages: Averages = dataclasses.field(default_factory=dict)
     privacy: Privacy | None = None
     rule_state: State | None = None
+    skipped: int = 0
+    resumed_from: int | None = None
 
 
 def fit(
     net: Node,
     loss: Loss,
     params: PyTree,
-    data: tuple[Any, Any],
+    data: Any,
     optimizer: optax.GradientTransformation,
     *,
     epochs: int,
     batch_size: int | None = None,
     key: Array,
-    validation: tuple[Any, Any] | None = None,
+    validation: Any = None,
     metrics: Mapping[str, Metric] | None = None,
     callbacks: Iterable[Callable[[Epoch], Any]] = (),
     early_stopping: EarlyStopping | None = None,
     private: Private | None = None,
     rule: Rule | None = None,
+    mesh: Mesh | None = None,
+    sharding: Sharding | None = None,
+    checkpoints: Checkpoints | str | None = None,
+    resume: bool = False,
+    nonfinite: NonFinite = "raise",
     progress: bool | None = None,
 ) -> Fit:
     """Train a network by the delta rule.
 
-    The same key on the same machine gives the same result, bit by bit.
+    The same key on the same machine gives the same result, bit by bit; also where it was killed and
+    resumed in between.
 
     Args:
         net: a layer or a composite.
         loss: a `Loss`.
         params: where to start from; left as they are.
-        data: (x, y), NumPy or JAX arrays with the examples along the first axis. Floating-point x
-            are cast to the parameters' dtype.
+        data: (x, y), NumPy or JAX arrays with the examples along the first axis; floating-point x
+            are cast to the parameters' dtype. Where one of them is a NumPy memory map, only the
+            batches that are due are read, checked and cast, ahead of time. Or a loader: an iterable
+            of batches (x, y), gone through once in each epoch, or a function from the number of an
+            epoch (from 1) to one; see below.
         optimizer: from Optax.
         epochs: how often to go through the data.
         batch_size: None for batch gradient descent, 1 for stochastic, else mini-batches. Each step
             follows the mean gradient of its batch; the ragged last batch of an epoch takes part,
-            and counts in the history for as many examples as it has.
+            and counts in the history for as many examples as it has. None with a loader.
         key: shuffles the data, anew in each epoch (not in batch gradient descent), and serves
             layers that draw.
-        validation: (x, y) to evaluate on after each epoch; with batch norms folded, see `Fit`.
+        validation: (x, y), or a loader, to evaluate on after each epoch; with batch norms folded,
+            see `Fit`.
         metrics: by name, functions (outputs, targets) -> (B,); see `jbackprop.metrics`.
         callbacks: each is called with an `Epoch` after every epoch; training stops when one returns
             something true.
@@ -156,6 +145,23 @@ def fit(
             reduces, beside what else it tells of itself. Validation is of the outputs as the rule
             has them. Its state is in the result and in what callbacks see. Optimizers that search
             along a line, or ask for the curvature, are refused: the direction is none of theirs.
+        mesh: the devices, a `jax.sharding.Mesh` as of `jax.make_mesh`; of explicit or automatic
+            axes. None for one device.
+        sharding: what is split over which axis of the mesh, see `jbackprop.sharding`; by default
+            `data_parallel()`: the examples over the axis "data".
+        checkpoints: where to keep the run, a `Checkpoints` or just a folder. SIGTERM then ends
+            training by `Preempted`, a SystemExit of status 75, when the step is finished and a
+            checkpoint written.
+        resume: go on from the last good checkpoint, if there is one, with all the same arguments
+            (`epochs` may be more, `mesh` and `sharding` others). On the same devices that gives
+            the bits of a run that was never stopped, on others the same to rounding. False: a
+            folder that holds a run is refused. The optimizer's settings are not compared.
+        nonfinite: what to do about a loss or an update that is not finite. "raise": a
+            `NonFiniteError`. "skip": leave that step out. "rollback": back to where all was well
+            last, at most 200 steps before, and on with the batches behind (Chowdhery et al., PaLM:
+            scaling language modeling with pathways (2022), section 5.1). The steps without effect
+            are counted, in the history as "skipped"; after 100 skipped in a row, or 10 times back,
+            it raises.
         progress: whether to show progress on stderr; None: a bar for a terminal or a notebook,
             lines for a log file.
 
@@ -165,22 +171,54 @@ def fit(
     Raises:
         NonFiniteError: the loss or an update is not finite; says at which step and in which layer
             that began, and carries the parameters before it.
-        ValueError, TypeError: data, parameters or options that do not fit; before the first step.
+        CheckpointError: a checkpoint that cannot be written, is damaged beyond use, or is of
+            another run.
+        ValueError, TypeError: data, parameters or options that do not fit; before the first step,
+            for memory maps and loaders at the batch.
+
+    Loaders: where an iterator has `get_state` and `set_state`, as those of `grain` have, `resume`
+    takes it up by them in the middle of an epoch; any other is gone through from its beginning, and
+    must give the same batches again.
+
+    With several processes (`jax.distributed`) all of them make the same call, with a mesh of all
+    their devices. Arrays and memory maps all of them must see whole, and each reads the rows of its
+    own devices; the order depends on the key alone. A loader gives each process its own part of
+    every batch, to all equally many of equal sizes.
     """
     if rule is not None and not isinstance(rule, Rule):
         raise TypeError(f"rule must be a rule of jbackprop.credit, not {rule!r}")
-    x, y = check_data("data", net, loss, params, data, rule)
-    held_out = validation and check_data("validation", net, loss, params, validation, rule)
-    n = len(jax.tree.leaves(y)[0])
-    size = check_batch_size(batch_size, n)
-    if not hasattr(epochs, "__index__") or isinstance(epochs, bool) or epochs < 1:
-        raise ValueError(f"epochs must be an int of at least 1, not {epochs!r}")
+    if nonfinite not in get_args(NonFinite):
+        raise ValueError(f'nonfinite must be "raise", "skip" or "rollback", not {nonfinite!r}')
+    if resume and checkpoints is None:
+        raise ValueError("resume=True goes on from a checkpoint: say where, checkpoints=folder")
+    if mesh is None and jax.process_count() > 1:
+        raise ValueError(
+            f"there are {jax.process_count()} processes: give mesh=, one of all their devices, "
+            'such as jax.make_mesh((jax.device_count(),), ("data",))'
+        )
+    place = Placement(net, params, mesh, sharding)
+    given = examples_of("data", Fitting(net, loss, params, rule), data, place)
+    held_out = None
+    if validation is not None:
+        held_out = examples_of(
+            "validation", Fitting(net, loss, params, rule), validation, place
+        )  # fmt: skip
+    if isinstance(given, Loaded):
+        if batch_size is not None:
+            raise ValueError("batch_size is the loader's to choose: give None with a loader")
+        size = 0
+    else:
+        size = check_batch_size(batch_size, given.n)
+    check_whole("epochs", epochs)
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(f"optimizer must be one of Optax's, such as optax.adam(1e-3): {optimizer}")
     names = tuple((metrics or {}).items())
-    if "loss" in dict(names):
-        raise ValueError("a metric cannot be called 'loss': in the history the loss has that name")
     for name, _ in names:
+        if name in ("loss", "skipped"):
+            raise ValueError(
+                f"a metric cannot be called {name!r}: in the history that is "
+                + ("the loss" if name == "loss" else "how many steps had no effect")
+            )
         if name.startswith("validation_"):
             raise ValueError(
                 f"a metric cannot be called {name!r}: in the history that is one of the validation "
@@ -195,74 +233,106 @@ def fit(
         )
     if held_out:
         check_folds(net)
-    task = Task(net, loss, optimizer, names, rule)
+    task = Task(net, loss, optimizer, names, rule, nonfinite)
     if rule is not None and private is not None:
         raise ValueError(
             "private training clips the gradients of backpropagation: give private or rule"
         )
     if rule is not None:
-        run: Run = RuledRun(task, params, x, y, size, key)
+        run: Run = RuledRun(task, params, given, size, key, place)
     elif private is None:
-        run = Run(task, params, x, y, size, key)
+        run = Run(task, params, given, size, key, place)
     else:
         if early_stopping and not early_stopping.monitor.startswith("validation_"):
             raise ValueError(
                 f"EarlyStopping watches {early_stopping.monitor!r}, which is of the private data: "
                 "give validation data, and monitor its loss or metrics"
             )
-        run = PrivateRun(task, params, x, y, size, key, private, epochs)
-    keeper = _Keeper(early_stopping, params)
+        run = PrivateRun(task, params, given, size, key, place, private, epochs)
+    keeper = Keeper(early_stopping, run.params)
     hooks = tuple(callbacks)
     history: dict[str, list[float]] = {}
-    bar = Progress(epochs, progress)
-    stopped = "finished"
+    kept = None
+    first, stopped, resumed_from = 1, "finished", None
+    if checkpoints is not None:
+        options = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)
+        options = monitoring(options, recorded)
+        about = configuration_of(task, given, size, key, private)
+        kept = Kept(Store(options, about), run, keeper, history)
+        found = kept.restore(resume)
+        if found is not None:
+            first, stopped, resumed_from = found
+        if first > epochs + 1:
+            raise CheckpointError(
+                f"the run in {kept.store.folder} has {first - 1} epochs behind it: epochs={epochs} "
+                "is less. Give as many, or begin anew in another folder"
+            )
+    bar = Progress(epochs, progress if jax.process_index() == 0 else False, first - 1)
+    watch = Watch(kept is not None)
     try:
-        for number in range(1, epochs + 1):
-            values = run.epoch(number, history)
-            if held_out:
-                fixed, own = run.folded()
-                found = evaluate(
-                    fixed, loss, own, held_out, dict(names),
-                    rule_state=run.states()[1],
-                )  # fmt: skip
-                values |= {f"validation_{name}": value for name, value in found.items()}
-            keeper.look(number, values, run.params)
-            for name, value in values.items():
-                history.setdefault(name, []).append(value)
-            bar.epoch(number, values)
-            opt_state, rule_state = run.states()
-            seen = Epoch(number, run.params, opt_state, history, rule_state)
-            if any([bool(callback(seen)) for callback in hooks]):  # noqa: C419, call every one
-                stopped = "callback"
-                break
-            if keeper.exhausted(number):
-                stopped = "early"
-                break
+        with watch:
+            for number in range(first, epochs + 1) if stopped == "finished" else ():
+                values = run.epoch(number, history, _each(run, kept, watch, number, history))
+                if held_out:
+                    fixed, own = run.folded()
+                    validated = evaluated(
+                        fixed, loss, own, held_out, names, run.states()[1], place
+                    )  # fmt: skip
+                    values |= {f"validation_{name}": value for name, value in validated.items()}
+                keeper.look(number, values, run.params)
+                for name, value in values.items():
+                    history.setdefault(name, []).append(value)
+                bar.epoch(number, values)
+                opt_state, rule_state = run.states()
+                seen = Epoch(number, run.params, opt_state, history, rule_state)
+                if any([bool(callback(seen)) for callback in hooks]):  # noqa: C419, call every one
+                    stopped = "callback"
+                elif keeper.exhausted(number):
+                    stopped = "early"
+                if kept is not None:
+                    kept.save(number + 1, values, stopped)
+                    if watch.came(run.at.step):
+                        kept.leave()
+                if stopped != "finished":
+                    break
     except KeyboardInterrupt:
         stopped = "interrupted"
         run.settle()
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() > 1:
+            error.add_note(
+                f"in process {jax.process_index()} of {jax.process_count()}, about step "
+                f"{run.at.step}: most likely another process has died. Start all of them again"
+                + (", with resume=True" if kept else "")
+            )
+        raise
     finally:
         bar.close()
+        if kept is not None:
+            kept.close()
     best = keeper.params if early_stopping and keeper.epoch else run.params
     averages = run.averages(best)
     opt_state, rule_state = run.states()
-    return Fit(best, opt_state, history, stopped, keeper.epoch, averages, run.privacy(), rule_state)
+    best, opt_state, rule_state = place.handed_back((best, opt_state, rule_state))
+    return Fit(
+        best, opt_state, history, stopped, keeper.epoch, averages, run.privacy(), rule_state,
+        run.at.lost_before + run.at.lost, resumed_from,
+    )  # fmt: skip
 
 
-class _Keeper:
-    """Keeps the best parameters for early stopping."""
+def _each(
+    run: Run, kept: Kept | None, watch: Watch, number: int, history: Any
+) -> Callable[[], None]:
+    """What comes after every step but the last of an epoch."""
 
-    def __init__(self, rule: EarlyStopping | None, params: PyTree):
-        self.rule, self.params = rule, params
-        self.epoch: int | None = None
-        self._best: float | None = None
-
-    def look(self, number: int, values: Mapping[str, float], params: PyTree) -> None:
-        if self.rule is None:
+    def each() -> None:
+        if kept is None:
             return
-        value = values[self.rule.monitor]
-        if self.rule.better(value, self._best):
-            self._best, self.params, self.epoch = value, params, number
+        came, every = watch.came(run.at.step), kept.store.options.every
+        if came or (every is not None and run.at.step % every == 0):
+            run.look(history)
+            kept.save(number)
+        if came:
+            kept.leave()
 
-    def exhausted(self, number: int) -> bool:
-        return self.rule is not None and number - (self.epoch or 0) >= self.rule.patience
+    return each

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 from jbackprop.factored import PyTree
@@ -26,8 +25,11 @@ from jbackprop.per_example.clipping import (
 from jbackprop.per_example.source import Deferred, check_microbatch
 from jbackprop.structure import trainable_mask
 from jbackprop.train.accounting import Privacy, epsilon_of, noise_multiplier
+from jbackprop.train.checks import Examples
+from jbackprop.train.data import Batch, Loaded, Order, Picked, take
 from jbackprop.train.evaluation import measure
-from jbackprop.train.run import Run, Task, plain_updates, take
+from jbackprop.train.placement import Placement
+from jbackprop.train.run import Run, Task, ended, plain_updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,39 +101,58 @@ class PrivateRun(Run):
         self,
         task: Task,
         params: PyTree,
-        x: Any,
-        y: Any,
+        data: Examples | Loaded,
         size: int,
         key: Array,
+        place: Placement,
         private: Private,
         epochs: int,
     ):
         refuse_coupling(task.net, "the gradient of one of them")
+        if isinstance(data, Loaded):
+            raise ValueError(
+                "private training draws its own batches (Poisson sampling): give data as (x, y), "
+                "arrays or memory maps, not as a loader"
+            )
+        if task.nonfinite != "raise":
+            raise ValueError(
+                f"nonfinite={task.nonfinite!r} would tell of the private data which steps were "
+                'thrown away: private training has "raise" only'
+            )
         task = dataclasses.replace(task, scheme=private.scheme, microbatch=private.microbatch)
-        super().__init__(task, params, x, y, size, key)
-        self._private, self._steps = private, -(-self._n // size)
-        self._probability = size / self._n
+        self._private, self._steps = private, -(-data.n // size)
+        self._probability = size / data.n
         self._multiplier = private.multiplier(self._probability, epochs * self._steps)
         # Two streams apart from those of `Run`: to draw the examples, and for the noise.
-        sampling, self._noise = jax.random.split(jax.random.fold_in(self._key, 2**32 - 1))
+        sampling, self._noise = jax.random.split(jax.random.fold_in(key, 2**32 - 1))
         self._sampling = np.asarray(jax.random.key_data(sampling)).ravel().tolist()
         self._begun = 0  # steps: counted before they are done, so that an interruption hides none
         self.privacy()  # it raises now rather than after all is done
-        self._places = _capacity(size, self._n)
+        capacity = _capacity(size, data.n)
+        self._places = capacity + -capacity % place.shards
+        super().__init__(task, params, data, size, key, place)
 
     def privacy(self) -> Privacy:
-        return self._private.report(self._multiplier, self._probability, self._begun)
+        begun = max(self._begun, self.at.step if self._begun else 0)
+        return self._private.report(self._multiplier, self._probability, begun)
 
-    def _batches(self, number: int) -> Iterator[np.ndarray | None]:
-        for _ in range(self._steps):
-            own = np.random.default_rng([*self._sampling, self._step])
-            yield np.flatnonzero(own.random(self._n) < self._probability)
+    def _order(self, n: int) -> Order:
+        def order(epoch: int) -> Iterator[Picked]:
+            for step in range((epoch - 1) * self._steps, epoch * self._steps):
+                own = np.random.default_rng([*self._sampling, step])
+                drawn = np.flatnonzero(own.random(n) < self._probability)
+                yield Picked(*_padded(drawn, self._places))
 
-    def _advance(self, params: PyTree, opt_state: PyTree, batch: Any) -> tuple[Any, Any, Any]:
-        self._begun = max(self._begun, self._step + 1)
+        return order
+
+    def _whole(self, n: int) -> bool:
+        return False
+
+    def _advance(self, params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[Any, Any, Any]:
+        self._begun = max(self._begun, self.at.step + 1)
         return _step(
-            self._task, params, opt_state, self._x, self._y, *_padded(batch, self._places),
-            self._places, self._draw(), self._noise, self._step, self._private.max_norm,
+            self._task, params, opt_state, batch.x, batch.y, batch.indices, batch.weights,
+            self._places, self._draw(), self._noise, self.at.step, self._private.max_norm,
             self._multiplier, self._size,
         )  # fmt: skip
 
@@ -143,7 +164,7 @@ def _step(
     opt_state: PyTree,
     x: Any,
     y: Any,
-    batch: Array,
+    indices: Any,
     weights: Array,
     places: int,
     key: Array | None,
@@ -153,18 +174,20 @@ def _step(
     multiplier: Array,
     size: Array,
 ) -> tuple[PyTree, PyTree, dict[str, Array]]:
-    """One step of DP-SGD, of the examples of `batch` whose weight is 1."""
-    x, y = take(x, batch), take(y, batch)
+    """One step of DP-SGD, of the examples of the batch whose weight is 1."""
+    x, y = take(x, indices), take(y, indices)
     bp = Deferred(params, x, y, key, task.net, task.loss)
-    at_once = min(places, task.microbatch or places)
+    at_once, n = min(places, task.microbatch or places), weights.shape[0]
     assert task.scheme is not None
-    sums, found = clipped_sums(bp, max_norm, weights, task.scheme, "auto", at_once, batch.shape[0])
+    sums, found = clipped_sums(bp, max_norm, weights, task.scheme, "auto", at_once, n)
     grads = noised(
         jax.random.fold_in(noise_key, step), sums, trainable_mask(task.net, params),
         multiplier * sensitivity_of(max_norm), size, params,
     )  # fmt: skip
+    if task.grads is not None:
+        grads = task.grads.hold(grads)
     # Neither the value nor a way to ask for it: they are of the data.
-    updates, opt_state = plain_updates(
+    updates, next_state = plain_updates(
         task, grads, opt_state, params, "which is of the private data"
     )
     values = {"loss": found.losses} | dict(measure(task.metrics, found.outputs, y))
@@ -173,7 +196,7 @@ def _step(
         name: jnp.sum(jnp.where(weights == 0, 0, v)) / count.astype(v.dtype)
         for name, v in values.items()
     }
-    return optax.apply_updates(params, updates), opt_state, means
+    return ended(task, params, opt_state, grads, updates, next_state, means)
 
 
 def _capacity(size: int, n: int) -> int:

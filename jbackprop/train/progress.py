@@ -21,15 +21,17 @@ class Progress:
         epochs: how many there will be.
         show: True or False; None shows a bar in a terminal or notebook, and at most about twenty
             lines where the output goes to a file.
+        done: so many were done before.
     """
 
-    def __init__(self, epochs: int, show: bool | None):
+    def __init__(self, epochs: int, show: bool | None, done: int = 0):
         watched = _someone_watches()
         self._epochs = epochs
         self._start = time.perf_counter()
         self._every = math.ceil(epochs / 20)
         self._lines = show is not False and not watched
-        self._bar = tqdm(total=epochs, unit="epoch", disable=show is False or self._lines)
+        off = show is False or self._lines
+        self._bar = tqdm(total=epochs, initial=done, unit="epoch", disable=off)
 
     def epoch(self, number: int, values: dict[str, float]) -> None:
         """One more epoch is done."""

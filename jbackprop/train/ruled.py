@@ -8,14 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from jbackprop.credit import State
 from jbackprop.factored import PyTree
 from jbackprop.structure import walk
+from jbackprop.train.checks import Examples
+from jbackprop.train.data import Batch, Loaded, take
 from jbackprop.train.evaluation import measure
-from jbackprop.train.run import Run, Task, plain_updates, take
+from jbackprop.train.placement import Placement
+from jbackprop.train.run import Run, Task, ended, plain_updates
 
 _STREAM = 2**32 - 2  # apart from those of `Run` and of private training
 
@@ -23,20 +25,43 @@ _STREAM = 2**32 - 2  # apart from those of `Run` and of private training
 class RuledRun(Run):
     """The same, by a rule of `jbackprop.credit`. Its state goes with the optimizer's, in a pair."""
 
-    def __init__(self, task: Task, params: PyTree, x: Any, y: Any, size: int, key: Array):
+    def __init__(
+        self,
+        task: Task,
+        params: PyTree,
+        data: Examples | Loaded,
+        size: int,
+        key: Array,
+        place: Placement,
+    ):
         assert task.rule is not None
         if task.rule.loss not in (None, task.loss):
             raise ValueError(
                 f"fit has the loss {task.loss}, but the rule {task.rule.loss}: give one of them"
             )
+        if isinstance(data, Loaded):
+            raise ValueError(
+                "a rule is made for the shapes of the examples: give data as (x, y), arrays or "
+                "memory maps, not as a loader"
+            )
         task = dataclasses.replace(task, rule=dataclasses.replace(task.rule, loss=task.loss))
-        super().__init__(task, params, x, y, size, key)
+        super().__init__(task, params, data, size, key, place)
 
     def _begin(self) -> PyTree:
         assert self._task.rule is not None
-        x = jax.tree.map(lambda v: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype), self._x)
+        assert isinstance(self._data, Examples)
+        cast = self._data.needs.cast
+        x = jax.tree.map(
+            lambda v: jax.ShapeDtypeStruct((1, *v.shape[1:]), cast(v.dtype)), self._data.x
+        )
         key = jax.random.fold_in(self._key, _STREAM)
-        return super()._begin(), self._task.rule.init(key, self._task.net, self.params, x)
+        rule, net = self._task.rule, self._task.net
+        state = self._place.state(self.params, lambda: rule.init(key, net, self.params, x))
+        return super()._begin(), state
+
+    @property
+    def _fills(self) -> bool:
+        return False  # a rule knows no weights
 
     def states(self) -> tuple[PyTree, State]:
         return self.opt_state
@@ -52,8 +77,9 @@ class RuledRun(Run):
                 )
         return super()._beyond(params, opt_state, x, y, key)
 
-    def _advance(self, params: PyTree, opt_state: PyTree, batch: Any) -> tuple[Any, Any, Any]:
-        return _step(self._task, params, *opt_state, self._x, self._y, batch, self._draw())
+    def _advance(self, params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[Any, Any, Any]:
+        args = batch.x, batch.y, batch.indices, self._draw()
+        return _step(self._task, params, *opt_state, *args)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -64,21 +90,24 @@ def _step(
     rule_state: State,
     x: Any,
     y: Any,
-    batch: Any,
+    indices: Any,
     key: Array | None,
 ) -> tuple[PyTree, tuple[PyTree, State], dict[str, Array]]:
     rule = rule_state.rule
-    x, y = take(x, batch), take(y, batch)
+    x, y = take(x, indices), take(y, indices)
     grads, info = rule.gradient(rule_state, params, x, y, key)
-    updates, opt_state = plain_updates(
+    if task.grads is not None:
+        grads = task.grads.hold(grads)
+    updates, next_opt = plain_updates(
         task, grads, opt_state, params, "of which a rule's direction need not be a descent",
         value=info.loss,
     )  # fmt: skip
-    updates, next_state = rule.update(rule_state, params, updates, info)
+    updates, next_rule = rule.update(rule_state, params, updates, info)
     outputs = info.outputs
     if task.metrics and outputs is None:
         outputs = rule.outputs(rule_state, params, x)
     means = {"loss": info.loss} | {k: jnp.mean(v) for k, v in measure(task.metrics, outputs, y)}
     told = {name: v for name, v in info.extra.items() if jnp.ndim(v) == 0 and name not in means}
     means |= {name: v.astype(info.loss.dtype) for name, v in told.items()}
-    return optax.apply_updates(params, updates), (opt_state, next_state), means
+    before, after = (opt_state, rule_state), (next_opt, next_rule)
+    return ended(task, params, before, grads, updates, after, means)

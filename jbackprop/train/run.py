@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
 from jbackprop import credit
 from jbackprop.averages import State, fold_batch_norm, mean_averages
 from jbackprop.diagnose.nonfinite import first_nonfinite
-from jbackprop.factored import PyTree
+from jbackprop.factored import PyTree, weighted, wide_dtype
 from jbackprop.losses import Loss
 from jbackprop.objective import costs, value_grad_outputs
 from jbackprop.per_example.clipping import Scheme
 from jbackprop.sweep import Node
 from jbackprop.train.accounting import Privacy
+from jbackprop.train.checks import Examples
+from jbackprop.train.data import (
+    Batch,
+    Feed,
+    Loaded,
+    Order,
+    Resident,
+    Streamed,
+    shuffled,
+    take,
+    with_last,
+)
 from jbackprop.train.evaluation import Metric, measure
+from jbackprop.train.placement import Layout, Placement
+
+NonFinite = Literal["raise", "skip", "rollback"]
+"""What training does about a step whose loss or update is not finite."""
 
 _LOOK_EVERY = 200  # steps between two looks at the losses; a look waits for the device
+_HELD = 1 << 28  # bytes of batches that may wait for a look
+_IN_A_ROW = {"skip": 100, "rollback": 10}  # after so many nothing is left to hope for
 
 
 class NonFiniteError(FloatingPointError):
@@ -50,7 +69,9 @@ class NonFiniteError(FloatingPointError):
 class Task:
     """What is fixed while training, and hashable: the static part of a step.
 
-    `rule` assigns the credit where it is not backpropagation; the last two are of private training.
+    `rule` assigns the credit where it is not backpropagation; `scheme` and `microbatch` are of
+    private training; `layout` is that of the parameters and the optimizer's state, and `grads`
+    that of the parameters alone, on a mesh.
     """
 
     net: Node
@@ -58,48 +79,143 @@ class Task:
     optimizer: optax.GradientTransformation
     metrics: tuple[tuple[str, Metric], ...]
     rule: credit.Rule | None = None
+    nonfinite: NonFinite = "raise"
     scheme: Scheme | None = None
     microbatch: int | None = None
+    layout: Layout | None = None
+    grads: Layout | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.metrics)
 
 
+@dataclasses.dataclass
+class Position:
+    """How far a run has come, as JSON has it.
+
+    Attributes:
+        step: steps done, over all epochs.
+        index: batches done of the epoch that is under way.
+        sums: of that epoch's losses and metrics, over the examples seen in it.
+        seen: so many examples.
+        lost: so many of that epoch's steps were thrown away.
+        lost_before: and of the epochs before.
+        in_a_row: how often that happened since it last went well.
+        loader: the state of the loader behind the last batch.
+    """
+
+    step: int = 0
+    index: int = 0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    seen: int = 0
+    lost: int = 0
+    lost_before: int = 0
+    in_a_row: int = 0
+    loader: Any = None
+
+    def to_json(self) -> dict[str, Any]:
+        found = dataclasses.asdict(self)
+        if isinstance(self.loader, bytes):
+            found["loader"] = {"bytes": base64.b64encode(self.loader).decode()}
+        return found
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Position:
+        at = cls(**found)
+        if isinstance(at.loader, dict) and set(at.loader) == {"bytes"}:
+            at.loader = base64.b64decode(at.loader["bytes"])
+        return at
+
+    def next_epoch(self) -> None:
+        self.lost_before += self.lost
+        self.index, self.sums, self.seen, self.lost, self.loader = 0, {}, 0, 0, None
+
+
 class Run:
     """The state of a training run, and its way through an epoch."""
 
-    def __init__(self, task: Task, params: PyTree, x: Any, y: Any, size: int, key: Array):
-        self._task, self._size, self._key = task, size, key
-        self._x, self._y = (jax.tree.map(jnp.asarray, part) for part in (x, y))
-        self._n = len(jax.tree.leaves(y)[0])
-        self._step = 0
-        self.params = jax.tree.map(jnp.asarray, params)
+    def __init__(
+        self,
+        task: Task,
+        params: PyTree,
+        data: Examples | Loaded,
+        size: int,
+        key: Array,
+        place: Placement,
+    ):
+        self._size, self._key, self._place = size, key, place
+        self._task, self._data = task, data
+        self.at = Position()
+        self.params = place.params(params)
         self.opt_state = self._begin()
-        self._sound = (self.params, self.opt_state)
-
-    def epoch(self, number: int, history: Any) -> dict[str, float]:
-        """Go through the data once; the means over its examples of the loss and the metrics."""
-        sums: dict[str, float] = {}
-        waiting: list[tuple[Any, Any]] = []
-        before = (self.params, self.opt_state, self._step)
-        self._seen = 0
-        for batch in self._batches(number):
-            self.params, self.opt_state, means = self._advance(self.params, self.opt_state, batch)
-            self._step += 1
-            waiting.append((batch, means))
-            if len(waiting) == _LOOK_EVERY:
-                self._look(waiting, before, sums, history)
-                waiting, before = [], (self.params, self.opt_state, self._step)
-        self._look(waiting, before, sums, history)
-        first = ("loss", *self._task.names)
-        return {
-            name: sums[name] / max(self._seen, 1)
-            for name in (*first, *(other for other in sums if other not in first))
-        }
+        self._task = dataclasses.replace(
+            task, layout=place.layout(self.params, self.opt_state), grads=place.layout(self.params)
+        )
+        self._feed = data if isinstance(data, Loaded) else self._feed_of(data)
+        self._waiting: list[tuple[Batch, Any]] = []
+        self._before = self._sound = (self.params, self.opt_state, 0)
 
     def _begin(self) -> PyTree:
-        return self._task.optimizer.init(self.params)
+        return self._place.state(self.params, lambda: self._task.optimizer.init(self.params))
+
+    def _order(self, n: int) -> Order:
+        return shuffled(n, self._size, self._key)
+
+    def _feed_of(self, data: Examples) -> Feed:
+        """On a mesh a batch is put together on the host, as its examples come from everywhere."""
+        order = self._order(data.n)
+        if not data.mapped and (self._place.mesh is None or self._whole(data.n)):
+            return Resident(data, order, self._place)
+        return Streamed(data, order, self._place, fills=self._fills)
+
+    def _whole(self, n: int) -> bool:
+        """Whether every batch is the whole data as it is, and can be filled up."""
+        return self._size == n and (self._fills or n % self._place.shards == 0)
+
+    @property
+    def _fills(self) -> bool:
+        """Whether examples of weight 0 change nothing."""
+        return not self._task.net.couples_examples
+
+    def epoch(
+        self, number: int, history: Any, each: Callable[[], Any] = lambda: None
+    ) -> dict[str, float]:
+        """Go through the data once, or through what is left of it.
+
+        Args:
+            number: of the epoch, from 1.
+            history: for errors.
+            each: called after every step but the last.
+
+        Returns:
+            The means over the epoch's examples of the loss and the metrics.
+        """
+        self._before = (self.params, self.opt_state, self.at.step)
+        feed = self._feed.batches(number, self.at.index, self.at.loader)
+        with contextlib.closing(feed):  # type: ignore[type-var]
+            for batch, last in with_last(feed):
+                self._go(batch, history)
+                if not last:
+                    each()
+        self.look(history)
+        at, names = self.at, ("loss", *self._task.names)
+        others = (name for name in at.sums if name not in names)
+        values = {k: at.sums.get(k, math.nan) / max(at.seen, 1) for k in (*names, *others)}
+        if self._task.nonfinite != "raise":
+            values["skipped"] = float(at.lost)
+        at.next_epoch()
+        return values
+
+    def _go(self, batch: Batch, history: Any) -> None:
+        self.params, self.opt_state, means = self._advance(self.params, self.opt_state, batch)
+        self.at.step += 1
+        self.at.index += 1
+        self.at.loader = batch.after
+        self._waiting.append((batch, means))
+        every = min(_LOOK_EVERY, max(1, _HELD // max(batch.bytes, 1)))
+        if self.at.step % every == 0:
+            self.look(history)
 
     def states(self) -> tuple[PyTree, credit.State | None]:
         """The optimizer's state, and the rule's."""
@@ -113,7 +229,7 @@ class Run:
         """The statistics of all batch norms over the training data; the same for equal params."""
         if not self._task.net.couples_examples:
             return {}
-        batches = (take(self._x, batch) for batch in self._batches(1))
+        batches = (take(batch.x, batch.indices) for batch in self._feed.batches(1))
         return mean_averages(self._task.net, params, batches)
 
     def folded(self) -> tuple[Node, PyTree]:
@@ -122,58 +238,71 @@ class Run:
             return self._task.net, self.params
         return fold_batch_norm(self._task.net, self.params, self.averages(self.params))
 
-    def _advance(self, params: PyTree, opt_state: PyTree, batch: Any) -> tuple[Any, Any, Any]:
+    def _advance(self, params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[Any, Any, Any]:
         """One step."""
-        args = params, opt_state, self._x, self._y, batch, self._draw()
-        return _step(self._task, *args)
-
-    def _batches(self, number: int) -> Iterator[np.ndarray | None]:
-        """The indices of each batch; None for the whole data as it is."""
-        if self._size == self._n:
-            yield None
-            return
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(self._key, number), self._n))
-        for start in range(0, self._n, self._size):
-            yield order[start : start + self._size]
+        return _step(
+            self._task, params, opt_state, batch.x, batch.y, batch.indices, batch.weights,
+            self._draw(),
+        )  # fmt: skip
 
     def _draw(self) -> Array | None:
         """This step's key for layers that draw; a stream of its own beside that of the epochs."""
         if not self._task.net.draws:
             return None
-        return jax.random.fold_in(jax.random.fold_in(self._key, 0), self._step)
+        return jax.random.fold_in(jax.random.fold_in(self._key, 0), self.at.step)
 
-    def _look(
-        self, waiting: list[tuple[Any, Any]], before: Any, sums: dict[str, float], history: Any
-    ) -> None:
-        """Wait for the steps, add up their means, and stop at the first that is not finite."""
-        for batch, means in jax.device_get(waiting):
-            if not math.isfinite(means["loss"]):
-                self._explain(waiting, before, history)
-            size = self._n if batch is None else len(batch)
-            self._seen += size
+    def look(self, history: Any) -> None:
+        """Wait for the steps, and add up their means; see to what is not finite."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        at, policy = self.at, self._task.nonfinite
+        found = jax.device_get([means for _, means in waiting])
+        good = [math.isfinite(means["loss"]) for means in found]
+        sound = policy == "skip" or (all(good) and _all_finite(self.params))
+        if not sound and policy == "rollback":
+            self.params, self.opt_state, _ = self._before
+            good = [False] * len(waiting)
+            at.in_a_row += 1
+        for (batch, _), means, fine in zip(waiting, found, good, strict=True):
+            if policy == "skip":
+                at.in_a_row = 0 if fine else at.in_a_row + 1
+            if not fine:
+                at.lost += 1
+                continue
+            at.seen += batch.size
             for name, mean in means.items():
-                sums[name] = sums.get(name, 0.0) + size * float(mean)
-        if waiting and not _all_finite(self.params):
-            self._explain(waiting, before, history)
-        self._sound = (self.params, self.opt_state)
+                at.sums[name] = at.sums.get(name, 0.0) + batch.size * float(mean)
+        if not sound and (policy == "raise" or at.in_a_row >= _IN_A_ROW[policy]):
+            self._explain(waiting, history)
+        if policy == "skip" and at.in_a_row >= _IN_A_ROW[policy]:
+            self._explain(waiting, history)
+        if sound and policy == "rollback":
+            at.in_a_row = 0
+        self._before = self._sound = (self.params, self.opt_state, at.step)
+
+    def go_on(self, params: PyTree, opt_state: PyTree, at: Position) -> None:
+        """From a checkpoint."""
+        self.params, self.opt_state, self.at = params, opt_state, at
+        self._sound = (params, opt_state, at.step)
 
     def settle(self) -> None:
         """After an interruption: back to the last parameters looked at, if these are not finite."""
         if not _all_finite(self.params):
-            self.params, self.opt_state = self._sound
+            self.params, self.opt_state, _ = self._sound
 
-    def _explain(self, waiting: list[tuple[Any, Any]], before: Any, history: Any) -> None:
+    def _explain(self, waiting: list[tuple[Batch, Any]], history: Any) -> None:
         """Take the steps again, one by one, up to the one that went wrong, and say where."""
-        params, opt_state, self._step = before
+        params, opt_state, self.at.step = self._before
         for batch, _ in waiting:
             key = self._draw()
             new, after, means = self._advance(params, opt_state, batch)
-            self._step += 1
+            self.at.step += 1
             loss = float(means["loss"])
             if math.isfinite(loss) and _all_finite(new):
                 params, opt_state = new, after
                 continue
-            x, y = take(self._x, batch), take(self._y, batch)
+            x, y = take(batch.x, batch.indices), take(batch.y, batch.indices)
             place = first_nonfinite(self._task.net, self._task.loss, params, x, y, key)
             if place is None and not math.isfinite(loss):
                 place = f"the mean of the costs ({self._task.loss}), which overflows"
@@ -181,10 +310,15 @@ class Run:
             what = (
                 f"the loss became {loss}" if not math.isfinite(loss) else "the update is not finite"
             )
+            often = ""
+            if self._task.nonfinite != "raise":
+                often = (
+                    f" ({self._task.nonfinite!r} was of no use {self.at.in_a_row} times in a row)"
+                )
             raise NonFiniteError(
-                f"{what} at step {self._step}; it began in {place}. The parameters before that "
-                "step are in this error's .params. Often the learning rate is too high",
-                self._step,
+                f"{what} at step {self.at.step}{often}; it began in {place}. The parameters before "
+                "that step are in this error's .params. Often the learning rate is too high",
+                self.at.step,
                 place,
                 params,
                 history,
@@ -201,36 +335,75 @@ def _all_finite(tree: PyTree) -> bool:
 
 @jax.jit
 def _finite(tree: PyTree) -> Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+    return finite(tree)
 
 
-def take(tree: Any, batch: Any) -> Any:
-    """The examples of a batch; all of them for None."""
-    if batch is None:
-        return tree
-    return jax.tree.map(lambda leaf: jnp.take(leaf, batch, axis=0), tree)
+def finite(tree: PyTree) -> Array:
+    """Whether all is, in a tree of arrays; integers and keys are."""
+    leaves = [v for v in jax.tree.leaves(tree) if jnp.issubdtype(v.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in [*leaves, jnp.zeros(())]]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _step(
-    task: Task, params: PyTree, opt_state: PyTree, x: Any, y: Any, batch: Any, key: Array | None
+    task: Task,
+    params: PyTree,
+    opt_state: PyTree,
+    x: Any,
+    y: Any,
+    indices: Any,
+    weights: Any,
+    key: Array | None,
 ) -> tuple[PyTree, PyTree, dict[str, Array]]:
     """One step: new parameters and state, and the means over the batch of loss and metrics."""
-    x, y = take(x, batch), take(y, batch)
+    x, y = take(x, indices), take(y, indices)
+    shares = None
+    if weights is not None:
+        dtype = wide_dtype(jnp.result_type(*jax.tree.leaves(params), jnp.float16))
+        shares = weights.astype(dtype) / jnp.sum(weights, dtype=dtype)
     value, grads, outputs = value_grad_outputs(
-        task.net, task.loss, params, x, y, key=key, outputs=bool(task.metrics)
+        task.net, task.loss, params, x, y, shares, key, outputs=bool(task.metrics)
     )
+    if task.grads is not None:
+        grads = task.grads.hold(grads)
 
     # For optimizers that search along a line, or ask for the curvature.
     def value_fn(params: PyTree, batch: Any = None, batch_key: Any = None) -> Array:
-        return jnp.mean(costs(task.net, task.loss, params, x, y, key))  # Optax hands them on to it
+        return mean(costs(task.net, task.loss, params, x, y, key), shares)  # Optax hands them on
 
-    updates, opt_state = optax.with_extra_args_support(task.optimizer).update(
+    updates, next_state = optax.with_extra_args_support(task.optimizer).update(
         grads, opt_state, params,
         value=value, grad=grads, value_fn=value_fn, batch=(x, y), batch_key=key,
     )  # fmt: skip
-    means = {"loss": value} | {k: jnp.mean(v) for k, v in measure(task.metrics, outputs, y)}
-    return optax.apply_updates(params, updates), opt_state, means
+    means = {"loss": value} | {k: mean(v, shares) for k, v in measure(task.metrics, outputs, y)}
+    return ended(task, params, opt_state, grads, updates, next_state, means)
+
+
+def mean(values: Array, shares: Array | None) -> Array:
+    """Of one value for each example, (B,); shares (B,) sum to 1."""
+    return jnp.mean(values) if shares is None else jnp.sum(weighted(shares, values))
+
+
+def ended(
+    task: Task,
+    params: PyTree,
+    state: PyTree,
+    grads: PyTree,
+    updates: PyTree,
+    next_state: PyTree,
+    means: dict[str, Array],
+) -> tuple[PyTree, PyTree, dict[str, Array]]:
+    """What a step ends with: its update applied, or with "skip", if it is not finite, not."""
+    new = optax.apply_updates(params, updates)
+    if task.nonfinite == "skip":
+        fine = finite((means["loss"], grads, new))
+        new, next_state = jax.tree.map(
+            lambda after, before: jnp.where(fine, after, before), (new, next_state), (params, state)
+        )
+        means = means | {"loss": jnp.where(fine, means["loss"], jnp.nan)}
+    if task.layout is not None:
+        new, next_state = task.layout.hold((new, next_state))
+    return new, next_state, means
 
 
 def plain_updates(

@@ -135,4 +135,4 @@ def _rows(first: int, number: int, history: Mapping[str, list[float]], now: str)
 def _same(logged: float, value: float) -> bool:
     """In float32, as numbers are in an event file, and may be in a checkpoint."""
     a, b = (ctypes.c_float(number).value for number in (logged, value))
-    return (a != a and b != b) or math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-37)
+    return a == b or (math.isnan(a) and math.isnan(b))

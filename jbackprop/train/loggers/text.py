@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 
 from jbackprop.train.loggers.base import Logger, Row
@@ -54,10 +53,9 @@ class _TextLogger(Logger):
             return
         if kept:
             self._begin(list(kept[-1].values))
-        with self.path.open("r+b") as file:
+        with self.path.open("ab") as file:
             if kept:
                 file.truncate(kept[-1].end)
-            file.seek(0, os.SEEK_END)
             file.write("".join(map(self._line, rows)).encode())
 
     def _begin(self, names: list[str]) -> None:

@@ -1,0 +1,382 @@
+"""Checkpoints of a training run, through Orbax: written so that a kill at any instant loses none.
+
+Every checkpoint holds arrays, and a record: a text that says what they are, where in the run they
+are from, and the fingerprint of each. Orbax writes both into a folder of another name, in the
+background, and renames it when all is there. What has been damaged since is known by its
+fingerprints, which are those of the arrays on the devices; the one before it is taken then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import operator
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jbackprop.factored import PyTree
+from jbackprop.train.checks import check_whole
+
+_FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, cannot be read, or belongs to another run."""
+
+
+class Preempted(SystemExit):
+    """SIGTERM has come: the step is finished and a checkpoint written; leaves with the status 75.
+
+    75 is what `sysexits.h` calls a temporary failure: start the same again with resume=True.
+
+    Attributes:
+        step: up to which the run has come.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(75)
+        self.step = step
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """Where, and how often, `jbackprop.fit` keeps itself.
+
+    Needs `pip install 'jbackprop[checkpoints]'`. A checkpoint is written at the end of every epoch
+    and, if asked, every few steps. It holds the parameters, the states of the optimizer and of the
+    rule, the best parameters of early stopping, the history, the position in the data, and what
+    the run was configured as.
+
+    Attributes:
+        folder: where to; on several hosts one that all of them see. One run has one folder.
+        every: steps between checkpoints in the middle of an epoch; None: none there.
+        keep: how many of the last ones to keep. The best is kept besides.
+        monitor: the entry of the history by which the best is told, among those at the end of an
+            epoch; None: "validation_loss", without validation data "loss".
+        higher_is_better: whether that should grow, as an accuracy.
+
+    Raises:
+        ValueError: `every` or `keep` below 1.
+    """
+
+    folder: str | Path
+    every: int | None = None
+    keep: int = 3
+    monitor: str | None = None
+    higher_is_better: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            check_whole("Checkpoints: every", self.every, ", or None for the ends of epochs alone")
+        check_whole("Checkpoints: keep", self.keep)
+        if not isinstance(self.folder, str | Path):
+            raise TypeError(f"Checkpoints: folder must be a path, not {self.folder!r}")
+
+
+class Store:
+    """The folder of a run's checkpoints.
+
+    Args:
+        options: of the user.
+        configuration: what must be the same when the run goes on, by name, as JSON has it.
+    """
+
+    def __init__(self, options: Checkpoints, configuration: Mapping[str, Any]):
+        self.options, self._configuration = options, dict(configuration)
+        self.folder = Path(options.folder).absolute()
+        self._orbax = _orbax()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is a file: checkpoints need a folder")
+        self._manager = self._open()
+
+    def _open(self) -> Any:
+        policies = self._orbax.checkpoint_managers.preservation_policy
+        sign = 1.0 if self.options.higher_is_better else -1.0
+        kept = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(operator.index(self.options.keep)),
+                policies.BestN(
+                    get_metric_fn=lambda found: sign * found["value"], n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )  # fmt: skip
+        options = self._orbax.CheckpointManagerOptions(
+            preservation_policy=kept, cleanup_tmp_directories=True, create=True
+        )
+        try:
+            return self._orbax.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be made or read: {error}") from error
+
+    @property
+    def steps(self) -> list[int]:
+        """Of which there are checkpoints."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self, step: int, trees: Mapping[str, PyTree], record: Mapping[str, Any], value: float | None
+    ) -> None:
+        """Begin to write a checkpoint; what went wrong with the one before is raised here.
+
+        Args:
+            step: so many are done.
+            trees: of arrays, by name.
+            record: what else there is, as JSON has it.
+            value: by which the best one is told; None: this one is not asked.
+        """
+        if step in self._manager.all_steps():
+            return
+        arrays = flat(trees)
+        signed = _signed(
+            {
+                "format": _FORMAT, "step": step, "configuration": self._configuration,
+                "arrays": described(arrays), "record": dict(record),
+            }
+        )  # fmt: skip
+        ocp = self._orbax
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.PyTreeSave(arrays or {"none": jnp.zeros(1)}),
+                    record=ocp.args.JsonSave(signed),
+                ),
+                metrics=None if value is None or value != value else {"value": value},
+                force=True,
+            )
+        except Exception as error:
+            raise self._unwritten(error) from error
+
+    def wait(self) -> None:
+        """Until all that was begun is written."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._unwritten(error) from error
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _unwritten(self, error: Exception) -> CheckpointError:
+        left = ", ".join(map(str, self.steps)) or "no step"
+        return CheckpointError(
+            f"a checkpoint could not be written into {self.folder}: {error}. Those of {left} are "
+            "there: make room, and start again with resume=True"
+        )
+
+    def restore(
+        self, templates: Callable[[Mapping[str, Any]], Mapping[str, PyTree]]
+    ) -> tuple[dict[str, PyTree], dict[str, Any]] | None:
+        """The last checkpoint that is whole: trees of arrays in their places, and the record.
+
+        Args:
+            templates: from the record to trees like those that were saved, in their places.
+
+        Returns:
+            None where there is no checkpoint.
+
+        Raises:
+            CheckpointError: all there are are damaged, or they are of another run.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps):
+            try:
+                found = self._read(step, templates)
+            except CheckpointError:
+                raise
+            except Exception as error:  # whatever Orbax makes of rubbish
+                damaged[step] = str(error).splitlines()[0] if str(error) else repr(error)
+                continue
+            for bad, why in damaged.items():
+                self._put_aside(bad, why, step)
+            if damaged:
+                self._manager.close()
+                self._manager = self._open()
+            return found
+        if damaged:
+            reasons = "; ".join(f"{step}: {why}" for step, why in damaged.items())
+            raise CheckpointError(
+                f"every checkpoint in {self.folder} is damaged ({reasons}). Restore the folder "
+                "from a copy, or begin anew in another one"
+            )
+        return None
+
+    def _read(self, step: int, templates: Callable[[Mapping[str, Any]], Any]) -> Any:
+        ocp = self._orbax
+        args = ocp.args.Composite(record=ocp.args.JsonRestore())
+        signed = _opened(self._manager.restore(step, args=args)["record"])
+        if signed["format"] > _FORMAT:
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self.folder} has the format "
+                f"{signed['format']}, this jbackprop reads up to {_FORMAT}: upgrade it"
+            )
+        self._check_configuration(signed["configuration"])
+        trees = templates(signed["record"])
+        wanted = flat(trees)
+        self._check_arrays(signed["arrays"], wanted)
+        shapes = jax.tree.map(_shape, wanted)
+        arrays: dict[str, Any] = {}
+        if shapes:
+            restore = ocp.args.PyTreeRestore(
+                shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes)
+            )
+            arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=restore))["arrays"]
+        for path, found in described(arrays).items():
+            if found != signed["arrays"][path]:
+                raise OSError(f"the values of {path} are not those that were saved")
+        return unflat(trees, arrays), signed["record"]
+
+    def _check_configuration(self, theirs: Mapping[str, Any]) -> None:
+        for name, mine in self._configuration.items():
+            if theirs.get(name) != mine:
+                raise CheckpointError(
+                    f"the run in {self.folder} was begun with {name} = {_short(theirs.get(name))}, "
+                    f"not {_short(mine)}: go on with the same, or begin anew in another folder"
+                )
+
+    def _check_arrays(self, theirs: Mapping[str, Any], wanted: Mapping[str, Array]) -> None:
+        for path in sorted(theirs.keys() | wanted.keys()):
+            mine = wanted.get(path)
+            now = None if mine is None else [list(mine.shape), str(mine.dtype)]
+            then = theirs[path][:2] if path in theirs else None
+            if now != then:
+                raise CheckpointError(
+                    f"the run in {self.folder} has {path} {_said(then)}, this one {_said(now)}: "
+                    "the network or the optimizer is another. Go on with the same, or begin anew "
+                    "in another folder"
+                )
+
+    def _put_aside(self, step: int, why: str, good: int) -> None:
+        warnings.warn(
+            f"the checkpoint of step {step} in {self.folder} is damaged ({why}); going on from "
+            f"that of step {good}. It is kept as {step}.damaged",
+            stacklevel=4,
+        )
+        if jax.process_index() == 0:
+            free = next(
+                name
+                for i in range(len(list(self.folder.iterdir())) + 1)
+                if not (name := self.folder / f"{step}.damaged{i or ''}").exists()
+            )
+            (self.folder / str(step)).rename(free)
+
+
+def flat(trees: Mapping[str, PyTree]) -> dict[str, Array]:
+    """The arrays of trees by path; keys as their data, without what has no entries."""
+    leaves = jax.tree_util.tree_flatten_with_path(dict(trees))[0]
+    found = {jax.tree_util.keystr(path): _data(leaf) for path, leaf in leaves}
+    return {path: leaf for path, leaf in found.items() if leaf.size}
+
+
+def unflat(trees: Mapping[str, PyTree], arrays: Mapping[str, Array]) -> dict[str, PyTree]:
+    """Trees like these, of other arrays."""
+
+    def put(path: Any, leaf: Any) -> Any:
+        found = arrays.get(jax.tree_util.keystr(path))
+        if found is None:
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(found, impl=jax.random.key_impl(leaf))
+        return found
+
+    return jax.tree_util.tree_map_with_path(put, dict(trees))
+
+
+def _data(leaf: Any) -> Array:
+    leaf = jnp.asarray(leaf)
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def _shape(leaf: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def described(arrays: Mapping[str, Array]) -> dict[str, list[Any]]:
+    """By path: shape, dtype and fingerprint."""
+    prints = jax.device_get(_fingerprints(dict(arrays)))
+    return {
+        path: [list(leaf.shape), str(leaf.dtype), [int(v) for v in prints[path]]]
+        for path, leaf in arrays.items()
+    }
+
+
+@jax.jit
+def _fingerprints(arrays: dict[str, Array]) -> dict[str, Array]:
+    return {path: fingerprint(leaf) for path, leaf in arrays.items()}
+
+
+def fingerprint(values: Array) -> Array:
+    """Two sums modulo 2^32 over the entries' bits, each times an odd number made of its place.
+
+    No change of a single 32-bit word leaves either as it was, for odd numbers have inverses modulo
+    2^32; other changes do so by chance only, 1 in 2^64. Being sums, they do not depend on how the
+    array is laid out over devices.
+    """
+    if jnp.issubdtype(values.dtype, jnp.complexfloating):
+        values = jnp.stack([values.real, values.imag])
+    if values.dtype == jnp.bool_:
+        values = values.astype(jnp.uint8)
+    bits = values.dtype.itemsize * 8
+    word = {8: jnp.uint8, 16: jnp.uint16}.get(bits, jnp.uint32)
+    words = lax.bitcast_convert_type(values, word).astype(jnp.uint32)
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for axis, length in enumerate(words.shape):
+        along = lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        place = place * jnp.uint32(length % 2**32) + along
+
+    def summed(seed: int) -> Array:
+        return jnp.sum(words * (_mixed(place + jnp.uint32(seed)) | jnp.uint32(1)), dtype=jnp.uint32)
+
+    return jnp.stack([summed(0x9E3779B9), summed(0x7F4A7C15)])
+
+
+def _mixed(v: Array) -> Array:
+    """A one-to-one scrambling of 32 bits, as the finalizer of MurmurHash3 (Appleby, 2011)."""
+    v = (v ^ (v >> 16)) * jnp.uint32(0x85EBCA6B)
+    v = (v ^ (v >> 13)) * jnp.uint32(0xC2B2AE35)
+    return v ^ (v >> 16)
+
+
+def _signed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as one text, with its digest."""
+    text = json.dumps(record, sort_keys=True)
+    return {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _opened(signed: Mapping[str, Any]) -> dict[str, Any]:
+    """The record, if its text is what it was."""
+    text = signed["text"]
+    if hashlib.sha256(text.encode()).hexdigest() != signed["sha256"]:
+        raise OSError("its record is not as it was saved")
+    return json.loads(text)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def _said(found: Any) -> str:
+    return "not at all" if found is None else f"of shape {tuple(found[0])} and dtype {found[1]}"
+
+
+@functools.cache
+def _orbax() -> Any:
+    try:
+        import orbax.checkpoint
+        import orbax.checkpoint.checkpoint_managers
+    except ImportError as error:
+        raise ImportError(
+            "checkpoints are written by Orbax: pip install 'jbackprop[checkpoints]'"
+        ) from error
+    return orbax.checkpoint
