@@ -3,10 +3,12 @@
 import inspect
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jbackprop as jb
+from jbackprop import catalogue
 
 NAN, INF = float("nan"), float("inf")
 
@@ -191,4 +193,512 @@ def configurations():
                         if inspect.isclass(target)
                         else r": \w+ (must|is)\b"
                     ),
+                )
+
+
+BATCH = 3
+FREE = (jb.Identity, jb.Select, jb.Take, jb.Flatten, jb.Reshape)
+"""Layers that move entries, of whatever dtype."""
+OF_ONE_RANK = (jb.Conv, jb.ConvTranspose, jb.MaxPool, jb.AveragePool, jb.Recurrent, jb.Rotary)
+OF_CONSTANTS = (jb.LayerNorm, jb.RMSNorm, jb.GroupNorm, jb.InstanceNorm, jb.BatchNorm, jb.Gain,
+                jb.Affine)
+"""Layers whose parameters are not drawn."""
+REMEDY = "must|needs?|made with init|make them with init"
+
+
+def zeros_like(shapes):
+    return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+
+
+def networks():
+    """Every layer of the catalogue, with parameters and inputs of zeros."""
+    for layer, inputs in catalogue.LAYERS:
+        if isinstance(layer, jb.Autodiff):  # a user's function raises what it likes
+            continue
+        x = zeros_like(catalogue._shapes(inputs, BATCH))
+        params = zeros_like(jax.eval_shape(layer.init, jax.random.key(0)))
+        name = f"{layer} on {catalogue._described(jax.tree.map(jnp.asarray, x))}"
+        yield name[-90:], layer, params, x
+
+
+def spoilt_inputs(layer, params, x):
+    """Inputs that the layer cannot take, by what is wrong with them."""
+    leaves, tree = jax.tree.flatten(x)
+    first, weights = leaves[0], bool(jax.tree.leaves(params))
+    floating = first.dtype.kind == "f"
+
+    def changed(change):
+        return jax.tree.unflatten(tree, [change(leaves[0]), *leaves[1:]])
+
+    yield "complex numbers", changed(lambda v: v.astype(complex))
+    yield "words", changed(lambda v: np.full(v.shape, "a"))
+    yield "objects", changed(lambda v: np.full(v.shape, None))
+    yield "a list", [1.0] * BATCH
+    yield "None", None
+    yield "a number", np.float64(1.0)
+    yield "text", "abc"
+    if len(leaves) > 1:
+        yield "other numbers of examples", changed(lambda v: v[1:])
+    if not isinstance(layer, FREE):
+        yield (
+            ("integers", changed(lambda v: v.astype(int)))
+            if floating
+            else ("floats", changed(lambda v: v.astype(float)))
+        )
+    if floating and weights:
+        yield "a feature too many", changed(lambda v: np.concatenate([v, v[..., :1]], -1))
+    if floating and weights and first.shape[-1] > 1:
+        yield "an axis too many", changed(lambda v: v[..., None])
+    if floating and ((weights and first.ndim == 2) or isinstance(layer, OF_ONE_RANK)):
+        yield "no batch axis", jax.tree.map(lambda v: v[0], x)
+
+
+def spoilt_params(params):
+    """Parameters that are not the layer's, by what is wrong with them."""
+    at, tree = jax.tree_util.tree_flatten_with_path(params)
+    leaves = [leaf for _, leaf in at]
+    if not leaves:
+        yield "weights where there are none", {"w": np.zeros((2, 2))}
+        return
+    yield "no parameters", ()
+    yield "None", None
+    yield "one array", np.zeros(3)
+    yield "a list", [params]
+    for i, (path, leaf) in list(enumerate(at))[:3]:
+        name = jax.tree_util.keystr(path)
+
+        def changed(new, i=i):
+            return jax.tree.unflatten(tree, [*leaves[:i], new, *leaves[i + 1 :]])
+
+        yield f"{name} of another size", changed(np.zeros((leaf.shape[0] + 1, *leaf.shape[1:])))
+        yield f"{name} with an axis too many", changed(leaf[None])
+        keys = [getattr(k, "key", getattr(k, "idx", None)) for k in path]
+        yield f"no {name}", without(params, keys)
+
+
+def without(tree, path):
+    """The tree without the leaf there: its dict has a key less, its tuple an element less."""
+    head, *rest = path
+    if isinstance(tree, dict):
+        own = {head: without(tree[head], rest)} if rest else {}
+        return {name: value for name, value in tree.items() if name != head} | own
+    own = (without(tree[head], rest),) if rest else ()
+    return (*tree[:head], *own, *tree[head + 1 :])
+
+
+def layers():
+    for name, layer, params, x in networks():
+        of = ("forward", type(layer).__name__)
+        for what, bad in spoilt_inputs(layer, params, x):
+            yield Case(
+                f"{what} into {name}", of, lambda a=(layer, params, bad): jb.forward(*a), REMEDY
+            )
+        for what, bad in spoilt_params(params):
+            yield Case(
+                f"params: {what}, for {name}", of, lambda a=(layer, bad, x): jb.forward(*a), REMEDY
+            )
+        if jax.tree.leaves(params) and not isinstance(layer, OF_CONSTANTS):
+            for key in (3, np.zeros(2)):
+                yield Case(
+                    f"init({key}) of {name}",
+                    (type(layer).__name__,),
+                    lambda a=(layer, key): a[0].init(a[1]),
+                    r"init: key must be one random key, such as jax.random.key\(0\)",
+                )
+
+
+def joins():
+    """Inputs of joins that do not belong together."""
+    one, other = np.zeros((BATCH, 2, 3)), np.zeros((BATCH, 2, 4))
+    for layer in (jb.Add(), jb.Multiply(), jb.Maximum(), jb.Concatenate()):
+        apart = (one, other[:, :1]) if isinstance(layer, jb.Concatenate) else (one, other)
+        for what, x in {
+            "one array": one,
+            "other shapes": apart,
+            "nothing": (),
+            "integers": (one, one.astype(int)),
+        }.items():
+            yield Case(
+                f"{layer} of {what}",
+                (type(layer).__name__,),
+                lambda a=(layer, (), x): jb.forward(*a),
+                REMEDY,
+            )
+
+
+TARGETS = {
+    "of another shape": np.zeros((BATCH, 2)),
+    "with an axis too many": np.zeros((BATCH, 3, 1)),
+    "of another number": np.zeros((BATCH + 1, 3)),
+    "without a batch axis": np.zeros(()),
+    "complex": np.zeros((BATCH, 3), complex),
+    "words": np.full((BATCH, 3), "a"),
+    "objects": np.full((BATCH, 3), None),
+    "in a list": [0.0] * BATCH,
+    "None": None,
+}
+LABELS = {
+    "negative": np.array([0, -1, 2]),
+    "too large": np.array([0, 1, 3]),
+    "floats": np.zeros(BATCH),
+    "in two columns": np.zeros((BATCH, 2), int),
+}
+RANGES = {
+    "SigmoidCrossEntropy": (-0.5, 1.5),
+    "PoissonNLL": (-1.0,),
+    "CrossEntropy": (-0.5,),
+    "SoftmaxCrossEntropy": (-0.5,),
+}
+
+
+def losses():
+    """Every loss of the catalogue behind an MLP of three outputs."""
+    x = np.zeros((BATCH, 4))
+    for loss, _, output in catalogue.LOSSES:
+        name = type(loss).__name__
+        net = jb.mlp([4, 5, 3], jb.Tanh(), output)
+        params = zeros_like(jax.eval_shape(net.init, jax.random.key(0)))
+        bad = dict(TARGETS)
+        if isinstance(loss, jb.SoftmaxCrossEntropy):
+            bad |= LABELS
+        bad |= {f"of {v}": np.full((BATCH, 3), v) for v in RANGES.get(name, ())}
+        for what, y in bad.items():
+            for of, call in {
+                "backprop": jb.backprop,
+                "value_and_grad": lambda net, loss, *a: jb.value_and_grad(net, loss)(*a),
+            }.items():
+                yield Case(
+                    f"{of}: targets {what} for {loss}",
+                    (of, name),
+                    lambda a=(net, loss, params, x, y), call=call: call(*a),
+                    r"y must|y\[|targets|labels",
+                )
+
+
+NET = jb.mlp([4, 5, 3])
+LOSS = jb.SoftmaxCrossEntropy()
+KEY = jax.random.key(0)
+PARAMS = zeros_like(jax.eval_shape(NET.init, KEY))
+OTHER = zeros_like(jax.eval_shape(jb.mlp([4, 6, 3]).init, KEY))
+X, Y = np.zeros((BATCH, 4)), np.zeros(BATCH, int)
+CALL = {"net": NET, "loss": LOSS, "params": PARAMS, "x": X, "y": Y}
+NORMED = jb.Sequential(jb.BatchNorm(4), jb.Dense(4, 3))
+PAIRS = ({"w": jb.Outer.of(np.zeros((BATCH, 4)), np.zeros((BATCH, 3)))},)
+
+
+def transposed(params):
+    return jax.tree.map(np.transpose, params)
+
+
+def several(params):
+    return jax.tree.map(lambda w: np.zeros((2, *w.shape)), params)
+
+
+TREES = {
+    "of another net": OTHER,
+    "too short": PARAMS[:1],
+    "empty": (),
+    "transposed": transposed(PARAMS),
+    "one array": np.zeros(3),
+    "a number": 3.0,
+}
+ARGUMENTS = {
+    "net": {"a class": jb.Tanh, "params": PARAMS, "None": None, "text": "net", "a loss": LOSS},
+    "loss": {
+        "a class": jb.SquaredError,
+        "a function": jnp.square,
+        "text": "mse",
+        "None": None,
+        "a rule": jb.credit.Backpropagation(loss=LOSS),
+        "a layer": jb.Softmax(),
+    },
+    "params": TREES
+    | {
+        "None": None,
+        "a list": [PARAMS],
+        "integers": jax.tree.map(lambda w: w.astype(int), PARAMS),
+        "complex": jax.tree.map(lambda w: w.astype(complex), PARAMS),
+        "words": jax.tree.map(lambda w: np.full(w.shape, "a"), PARAMS),
+        "text": "params",
+    },
+    "x": {
+        "a feature too few": X[:, :3],
+        "one example": X[0],
+        "integers": X.astype(int),
+        "complex": X.astype(complex),
+        "words": np.full((BATCH, 4), "a"),
+        "objects": np.full((BATCH, 4), None),
+        "a list": X.tolist(),
+        "None": None,
+        "a number": 3.0,
+        "text": "x",
+    },
+    "y": {
+        "too few": Y[:2],
+        "negative": Y - 1,
+        "too large": Y + 3,
+        "floats": Y.astype(float),
+        "in columns": np.zeros((BATCH, 2), int),
+        "words": np.full(BATCH, "a"),
+        "a list": Y.tolist(),
+        "None": None,
+    },
+    "empty": {"no examples": None},
+    "key": {"a number": 5, "floats": np.ones(2), "several": jax.random.split(KEY, 3), "text": "a"},
+    "transport": {k: v for k, v in TREES.items() if k != "empty"} | {"text": "a"},
+    "vector": TREES | {"None": None, "text": "a"},
+    "weights": {
+        "too few": np.ones(BATCH - 1),
+        "in columns": np.ones((BATCH, 1)),
+        "one number": 1.0,
+        "text": "a",
+        "complex": np.ones(BATCH, complex),
+        "words": np.full(BATCH, "a"),
+    },
+    "count": {str(v): v for v in (0, -1, 2.5, "3", True, NAN)},
+    "positive": {shown(v): v for v in (0.0, -1.0, NAN, INF, "a", None, np.ones(3), 1j)},
+    "flag": {str(v): v for v in ("yes", 2, None)},
+    "name": {str(v): v for v in ("nothing", 3, None)},
+    "bp": {
+        "params": PARAMS,
+        "None": None,
+        "text": "bp",
+        "an array": X,
+        "what capture gives": (np.zeros(BATCH), PAIRS),
+    },
+    "state": {"None": None, "params": PARAMS, "a rule": jb.credit.Backpropagation(loss=LOSS)},
+    "roots": {"a class": jb.curvature.Exact, "text": "exact", "a number": 3},
+}
+KINDS = {
+    "vectors": "vector", "grads": "vector", "microbatch": "count", "chunk": "count",
+    "size": "count", "number": "count", "steps": "count", "samples": "count", "points": "count",
+    "per_layer": "flag", "per_example": "flag", "joint_bias": "flag", "corrected": "flag",
+    "method": "name", "scheme": "name", "matrix": "name", "sharing": "name", "truth": "name",
+    "max_norm": "positive", "divisor": "positive", "width": "positive", "threshold": "positive",
+    "directions": "count", "every": "count", "iterations": "count", "factors_every": "count",
+    "invert_every": "count", "batch": "count",
+}  # fmt: skip
+"""What kind of rubbish an argument is given, where that is not its name."""
+
+
+def swept(**changed):
+    """What backprop gives of the net at zeros, without running it."""
+    call = CALL | changed
+    return jax.tree.map(
+        lambda s: np.zeros(s.shape, s.dtype),
+        jax.eval_shape(lambda p, x: jb.backprop(call["net"], call["loss"], p, x, Y),
+                       call["params"], call["x"]),
+    )
+
+
+BP = swept()
+COUPLED = swept(net=NORMED, params=zeros_like(jax.eval_shape(NORMED.init, KEY)))
+STATES = {
+    name: getattr(jb.credit, name)(loss=LOSS)
+    for name in (
+        "Backpropagation", "DifferenceTargetPropagation", "DirectFeedbackAlignment",
+        "DirectRandomTargetProjection", "EquilibriumPropagation", "FeedbackAlignment",
+        "ForwardForward", "ForwardGradient", "KolenPollack", "PredictiveCoding", "SignSymmetry",
+        "WeightMirror",
+    )
+}  # fmt: skip
+
+
+def state_of(rule):
+    return jax.eval_shape(lambda: rule.init(KEY, NET, PARAMS))
+
+
+def only(*names):
+    return {name: CALL[name] for name in names}
+
+
+def of_value_and_grad(net, loss, **rest):
+    return jb.value_and_grad(net, loss)(**rest)
+
+
+def of_as_function(net, **rest):
+    return jb.as_function(net)(**rest)
+
+
+def of_capture(params, x, **options):
+    return jb.capture(model_cost, **options)(params, x)
+
+
+def model_cost(params, x):
+    return jnp.sum(jnp.square(x @ params["w"]), axis=1)
+
+
+def of_kfac(grads=PARAMS, params=PARAMS, x=X, y=Y, **options):
+    optimizer = jb.optim.kfac(**options)
+    return optimizer.init(params)
+
+
+def of_hessian_free(**options):
+    return jb.optim.hessian_free(**options)
+
+
+def of_update(**batch):
+    optimizer = jb.optim.hessian_free(NET, LOSS, damping=1.0)
+    return optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, batch=tuple(batch.values()))
+
+
+def of_check_gradient(candidate, **options):
+    return jb.check.gradient(lambda w: jnp.sum(w * w), np.ones(3), candidate=candidate, **options)
+
+
+def of_check_jvp(**options):
+    return jb.check.jvp(jnp.sin, np.ones(3), **options)
+
+
+def of_check_vjp(**options):
+    return jb.check.vjp(jnp.sin, np.ones(3), **options)
+
+
+def chunks(**options):
+    return list(jb.per_example.gradient_chunks(**options))
+
+
+CURVATURE = {**CALL, "key": KEY}
+ASKED = {"bp": BP, "microbatch": 1}
+WEIGHTED = {**ASKED, "weights": np.ones(BATCH)}
+ANSWERS = {
+    "norms": {"per_layer": False, "method": "auto", **WEIGHTED},
+    "gradients": ASKED,
+    "gram": {"method": "auto", **ASKED},
+    "dots": {"method": "auto", **ASKED},
+    "gram_between": {"method": "auto", "other": BP, **ASKED},
+    "project": {"vectors": PARAMS, **WEIGHTED},
+    "weighted_gradient": WEIGHTED,
+    "clipped_gradient": {"max_norm": 1.0, "scheme": "flat", "method": "auto", **WEIGHTED},
+    "noisy_gradient": {
+        "key": KEY, "max_norm": 1.0, "noise_multiplier": 1.0, "scheme": "flat", "divisor": 2,
+        "method": "auto", **WEIGHTED,
+    },
+    "mean": WEIGHTED,
+    "second_moment": WEIGHTED,
+    "variance": {"ddof": 0, **WEIGHTED},
+    "snr": {"ddof": 0, **WEIGHTED},
+    "noise_scale": {"per_layer": False, **WEIGHTED},
+    "cosine_to_mean": WEIGHTED,
+}  # fmt: skip
+MATRICES = {
+    "hessian_product": {"vector": PARAMS},
+    "ggn_product": {"vector": PARAMS},
+    "ggn_inner": {"vectors": several(PARAMS)},
+    "fisher_product": {"vector": PARAMS, "roots": jb.curvature.Exact()},
+    "ggn_block_product": {"vector": PARAMS, "roots": jb.curvature.Exact(), "chunk": 1},
+    "ggn_root": {"roots": jb.curvature.Exact()},
+    "hessian_operator": {"damping": 0.1},
+    "ggn_operator": {"damping": 0.1, "roots": jb.curvature.Exact()},
+    "diag_ggn": {"roots": jb.curvature.Exact(), "per_example": False, "chunk": 1},
+    "diag_fisher": {"per_example": False},
+    "diag_hessian": {"chunk": 1},
+    "estimate_diag_hessian": {"samples": 1, "chunk": 1},
+    "kfac": {"roots": jb.curvature.Exact(), "sharing": "expand", "joint_bias": True, "chunk": 1},
+    "ekfac": {"roots": jb.curvature.Exact(), "sharing": "expand", "joint_bias": True, "chunk": 1},
+    "trace_ggn": {"roots": jb.curvature.Exact(), "per_layer": False, "chunk": 1},
+    "trace_hessian": {"samples": 1, "per_layer": False, "chunk": 1},
+    "top_eigenvalues": {"number": 1, "matrix": "ggn", "per_layer": False, "tolerance": 1e-3},
+    "spectral_density": {
+        "matrix": "ggn", "steps": 2, "samples": 1, "per_layer": False, "points": 3, "width": 0.1,
+    },
+}  # fmt: skip
+NEEDS_KEY = {"estimate_diag_hessian", "trace_hessian", "spectral_density", "noisy_gradient"}
+OPTIONS = {"truth": "both", "tolerance": 0.1, "directions": 1, "seed": 0}
+CALLS = {
+    "forward": (jb.forward, only("net", "params", "x") | {"key": KEY}),
+    "backprop": (jb.backprop, CALL | {"key": KEY, "transport": PARAMS}),
+    "value_and_grad": (of_value_and_grad, CALL | {"key": KEY, "weights": np.ones(BATCH)}),
+    "as_function": (of_as_function, only("net", "params", "x") | {"key": KEY}),
+    "predict": (jb.predict, only("net", "loss", "params", "x")),
+    "activations": (jb.activations, only("net", "params", "x") | {"key": KEY}),
+    "batch_averages": (jb.batch_averages, only("net", "params", "x") | {"key": KEY}),
+    "trainable_mask": (jb.trainable_mask, only("net", "params")),
+    "summary": (jb.summary, only("net", "x")),
+    "gradient": (jb.gradient, {"bp": BP, "weights": np.ones(BATCH)}),
+    "deltas": (jb.deltas, {"bp": BP}),
+    "per_example.deferred": (jb.per_example.deferred, CALL | {"key": KEY}),
+    "capture": (of_capture, {"has_aux": False}),
+    "diagnose.delta_norms": (jb.diagnose.delta_norms, {"bp": BP}),
+    "diagnose.first_nonfinite": (jb.diagnose.first_nonfinite, CALL | {"key": KEY}),
+    "diagnose.saturation": (
+        jb.diagnose.saturation, only("net", "params", "x") | {"threshold": 0.1},
+    ),
+    "check.network": (jb.check.network, CALL | {"key": KEY} | OPTIONS),
+    "check.assert_network": (jb.check.assert_network, dict(CALL)),
+    "check.layer": (jb.check.layer, {"layer": NET, "x": X, "params": PARAMS, "key": KEY, **OPTIONS}),
+    "check.assert_layer": (jb.check.assert_layer, {"layer_": NET, "x": X, "params": PARAMS}),
+    "check.gradient": (of_check_gradient, {"candidate": np.ones(3), **OPTIONS}),
+    "check.jvp": (of_check_jvp, OPTIONS),
+    "check.vjp": (of_check_vjp, OPTIONS),
+    "credit.alignment": (
+        jb.credit.alignment,
+        only("params", "x", "y") | {"state": state_of(STATES["FeedbackAlignment"]), "key": KEY},
+    ),
+    "optim.kfac": (
+        of_kfac,
+        {"net": NET, "loss": LOSS, "example": (X, Y), "key": KEY, "factors_every": 1,
+         "invert_every": 1, "roots": jb.curvature.Exact(), "sharing": "expand",
+         "joint_bias": True, "corrected": False, "params": PARAMS},
+    ),
+    "optim.hessian_free": (of_hessian_free, {"net": NET, "loss": LOSS, "iterations": 1}),
+}  # fmt: skip
+CALLS |= {
+    f"per_example.{name}": (getattr(jb.per_example, name), given)
+    for name, given in ANSWERS.items()
+}
+CALLS["per_example.gradient_chunks"] = (chunks, {"bp": BP, "size": 1})
+CALLS |= {
+    f"curvature.{name}": (getattr(jb.curvature, name), CURVATURE | given)
+    for name, given in MATRICES.items()
+}
+
+
+def functions():
+    """Every call of `CALLS`, each argument in turn replaced by all rubbish of its kind."""
+    for name, (target, given) in CALLS.items():
+        for argument in given:
+            kind = ARGUMENTS.get(KINDS.get(argument, argument))
+            if kind is None:
+                continue
+            for what, bad in kind.items():
+                if what == "None" and argument == "x" and name == "summary":
+                    continue
+                yield Case(
+                    f"{name}: {argument} {what}",
+                    (name,),
+                    lambda target=target, given=given | {argument: bad}: target(**given),
+                    REMEDY,
+                )
+            if argument == "key" and name.split(".")[-1] in NEEDS_KEY:
+                yield Case(
+                    f"{name}: no key", (name,),
+                    lambda target=target, given=given | {"key": None}: target(**given), "key",
+                )
+        if {"params", "x", "y"} <= set(given):
+            yield Case(
+                f"{name}: no examples", (name,),
+                lambda t=target, given=given | {"x": X[:0], "y": Y[:0]}: t(**given), "empty",
+            )
+
+
+def rules():
+    """Every rule: what init and gradient are given."""
+    for name, rule in STATES.items():
+        for argument in ("net", "params", "key"):
+            for what, bad in ARGUMENTS[argument].items():
+                yield Case(
+                    f"{name}.init: {argument} {what}", (f"credit.{name}",),
+                    lambda rule=rule, a={"key": KEY, "net": NET, "params": PARAMS} | {argument: bad}:
+                        rule.init(**a),
+                    REMEDY,
+                )
+        state = state_of(rule)
+        given = only("params", "x", "y") | {"state": state, "key": None}
+        for argument in ("state", "params", "x", "y", "key"):
+            for what, bad in ARGUMENTS[argument].items():
+                yield Case(
+                    f"{name}.gradient: {argument} {what}", (f"credit.{name}",),
+                    lambda rule=rule, given=given | {argument: bad}: rule.gradient(**given),
+                    REMEDY,
                 )
