@@ -139,6 +139,15 @@ def test_a_run_that_goes_on_has_every_epoch_once(kind, again, tmp_path):
     assert kind.shows(tmp_path / "log", 1, 5, other)
 
 
+@every_kind
+def test_epochs_that_were_replaced_do_not_come_back(kind, tmp_path):
+    train(kind.make(tmp_path / "log"), 1, 4)
+    train(kind.make(tmp_path / "log"), 2, 2)
+    assert kind.shows(tmp_path / "log", 1, 2)
+    train(kind.make(tmp_path / "log"), 5, 5)
+    assert kind.shows(tmp_path / "log", 1, 5)
+
+
 @every_text
 @pytest.mark.parametrize("again", [3, 4])
 def test_killed_at_any_byte_the_next_process_mends_it(kind, again, tmp_path):
@@ -244,6 +253,7 @@ def test_a_damaged_log_is_refused_with_its_line(kind, tmp_path):
         [*lines[:-2], lines[-2][:-5] + b"\xff\n", lines[-1]],
         [*lines[:-2], lines[-1], lines[-2]],
         [*lines[:-2], lines[-1], lines[-1]],
+        [*lines[:-2], lines[-2].rpartition(b",")[0] + b"\n", lines[-1]],
     ]
     for damaged in damages:
         path.write_bytes(b"".join(damaged))
@@ -289,12 +299,12 @@ def test_a_full_disk_costs_no_training_and_the_log_has_all_afterwards(kind, tmp_
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 9, limits[1]))
     try:
-        with pytest.warns(RuntimeWarning, match=r"epoch 3 is not in the log yet.*log"):
-            train(logger, 3, 3)
+        for number in (3, 4):
+            with pytest.warns(RuntimeWarning, match=rf"epoch {number} is not in the log yet.*log"):
+                train(logger, number, number)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert kind.shows(path, 1, 2) if kind.single else file.stat().st_size
-    train(logger, 4, 5)
+    train(logger, 5, 5)
     assert kind.shows(path, 1, 5)
 
 
@@ -385,6 +395,10 @@ def test_tensorboard_files_are_closed_and_those_of_others_left_alone(tmp_path):
     train(logger, 1, 1)
     (own,) = tmp_path.glob("*.jbackprop")
     assert [event.HasField("session_log") for event in events(own)] == [False, False]
+    before = logger._close
+    own.unlink()
+    train(logger, 2, 2)  # into another file
+    assert not before.alive
     close = logger._close
     del logger
     gc.collect()

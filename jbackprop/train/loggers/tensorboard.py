@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import struct
@@ -70,8 +69,7 @@ class TensorBoardLogger(Logger):
 
     def _begin(self, first: int) -> None:
         """A new file; what is in others from the first epoch on, TensorBoard is to forget."""
-        with contextlib.suppress(OSError):
-            self._close()
+        self._close()
         stale = any(row.epoch >= first for row in self._read())
         self.path.mkdir(exist_ok=True)
         now = time.time_ns()  # TensorBoard reads by order of names, seconds first
