@@ -57,18 +57,15 @@ def test_train_on_a_data_set_and_save(tmp_path):
     found = json.loads(done.stdout)
     assert found["test"]["accuracy"] > 0.9
     assert len(found["history"]["loss"]) == found["epochs"] == 80
-    with np.load(path) as saved:
-        config = json.loads(str(saved["config"]))
-        params = [
-            {"w": saved[f"layers[{i}].w"], "b": saved[f"layers[{i}].b"]} if i % 2 == 0 else ()
-            for i in range(5)
-        ]
-    assert config["sizes"] == [4, 16, 8, 3]
-    assert config["classes"] == ["setosa", "versicolor", "virginica"]
+    saved = jb.load(path)
+    assert saved.net == jb.mlp([4, 16, 8, 3])
+    assert saved.loss == jb.SoftmaxCrossEntropy()
+    assert saved.notes["classes"] == ["setosa", "versicolor", "virginica"]
+    assert saved.notes["target_scale"] == [1, 1, 1]
     data = datasets.load("iris")
     test = datasets.split(150, (0.1, 0.2), 0)[2]
-    x = ((data.x[test] - config["mean"]) / config["scale"]).astype("float32")
-    p = jb.predict(jb.mlp(config["sizes"]), jb.SoftmaxCrossEntropy(), tuple(params), x)
+    x = ((data.x[test] - saved.notes["mean"]) / saved.notes["scale"]).astype("float32")
+    p = jb.predict(saved.net, saved.loss, saved.params, x)
     assert np.mean(np.asarray(p).argmax(1) == data.labels[test]) == pytest.approx(
         found["test"]["accuracy"]
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import json
 import sys
 import time
 import zipfile
@@ -22,7 +21,7 @@ from jbackprop import bench, datasets, layers, losses, metrics
 from jbackprop.cli.check import run_check
 from jbackprop.cli.output import matching, print_json
 from jbackprop.compose import mlp
-from jbackprop.structure import walk
+from jbackprop.saved import save
 from jbackprop.summary import summary
 from jbackprop.sweep import Node
 from jbackprop.table import render
@@ -101,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         "  jbackprop train digits --hidden 128,64 --activation relu --epochs 30\n"
         "  jbackprop train measurements.csv --target yield --loss huber --patience 20\n"
         "  jbackprop train arrays.npz --save model.npz --json\n\n"
-        "what --save writes: the weights by path (layers[0].w, ...), and 'config', a JSON text\n"
-        "with the sizes, activation, loss, classes, and the mean and scale of the features.",
+        "what --save writes is for jbackprop.load: the network, its weights and its loss, and as\n"
+        "notes the classes, and the mean and scale of the features and of the targets.",
     )
     train.add_argument(
         "data",
@@ -285,19 +284,11 @@ def _train(args: argparse.Namespace) -> int:
     say(f"\n{loss}, {len(learnt.history['loss'])} epochs ({learnt.stopped}) in {seconds:.1f} s\n")
     say(render(columns, rows))
     if args.save:
-        config = {
-            "format": 1, "sizes": sizes, "activation": args.activation,
-            "loss": args.loss or ("softmax" if data.classes else "squared"),
+        notes = {
             "classes": data.classes, "mean": mean.tolist(), "scale": scale.tolist(),
             "target_mean": y_mean.tolist(), "target_scale": y_scale.tolist(),
         }  # fmt: skip
-        arrays: dict[str, Any] = {
-            f"{path}.{name}": np.asarray(w)
-            for path, _, own in walk(net, learnt.params)
-            if own
-            for name, w in own.items()
-        }
-        np.savez(args.save, config=np.array(json.dumps(config)), **arrays)
+        save(args.save, net, learnt.params, loss=loss, notes=notes)
         say(f"\nsaved in {args.save}")
     if args.json:
         print_json(
