@@ -32,7 +32,8 @@ CONFIG = "config.json"
 def write(path: str | os.PathLike[str], config: Json, arrays: Iterable[tuple[str, Any]]) -> None:
     """Write a file, or leave the old one as it is.
 
-    All goes to a temporary file beside it, which takes its place once it is on the disk.
+    All goes to a temporary file beside it, which takes its place once it is on the disk. A process
+    that is killed leaves that temporary file, which may be deleted.
 
     Args:
         path: of the file; it is replaced if it is there.

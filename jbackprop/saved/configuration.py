@@ -170,7 +170,7 @@ def construct(config: Json, known: Mapping[str, Any], path: str) -> Any:
         case {"name": str(name)}:
             return _resolved(name, known, path)
         case {"member": str(member), "of": str(name)}:
-            return _guarded(lambda: _resolved(name, known, path)[member], f"{path}: no {member}")
+            return _guarded(lambda: _member(_resolved(name, known, path), member), path)
         case {"list": list(items)}:
             return list(construct(items, known, path))
         case {"dict": list(items)}:
@@ -208,6 +208,12 @@ def _called(cls: type, fields: dict[str, Any]) -> Any:
         if parameter.kind is parameter.VAR_POSITIONAL:
             args = fields.pop(parameter.name)
     return cls(*args, **fields)
+
+
+def _member(kind: Any, name: str) -> Any:
+    if not isinstance(kind, enum.EnumType) or name not in kind.__members__:
+        raise FormatError(f"{kind!r} has no member {name}")
+    return kind[name]
 
 
 def _resolved(name: str, known: Mapping[str, Any], path: str) -> Any:
