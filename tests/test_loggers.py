@@ -442,3 +442,15 @@ def test_pandas_reads_what_is_not_finite(tmp_path):
         assert math.isnan(log["validation_loss"][0])
         assert log["validation_loss"][2] == math.inf
         assert log["top 5, of ten"][1] == -math.inf
+
+
+@every_kind
+def test_a_run_killed_behind_its_first_row_goes_on_from_a_checkpoint_before_it(kind, tmp_path):
+    path = tmp_path / "log"
+    train(kind.make(path), 1, 1)
+    train(kind.make(path), 1, 3)
+    assert kind.shows(path, 1, 3)
+    other = tmp_path / "other"
+    train(kind.make(other), 1, 1, [(0.25, *NUMBERS[0][1:])])
+    with pytest.raises(FileExistsError, match="another run"):
+        train(kind.make(other), 1, 1)

@@ -7,8 +7,8 @@ All of them keep the same promises:
   its values.
 - A run that goes on (`fit` begins at a later epoch than 1) continues the log. Rows from that epoch
   on are replaced, missing ones before it filled in, without their time.
-- Nothing is lost unasked. A log of another run (training is at epoch 1 again, other names, other
-  values) raises FileExistsError at the first epoch. With `overwrite=True` it is replaced: that is
+- Nothing is lost unasked. A log of another run (training is at epoch 1 again, and there is more
+  than that or else; other names, other values) raises FileExistsError at the first epoch. With `overwrite=True` it is replaced: that is
   for scripts that are started again and again, and may have to begin anew. What is not a log is
   never replaced, and refused before training.
 - A log costs no training: what cannot be written at the first epoch raises OSError with the path;
