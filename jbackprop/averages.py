@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
+from jbackprop.checks import check_params, number_of
 from jbackprop.factored import PyTree, wide_dtype
+from jbackprop.gradient import check_inputs, check_net
 from jbackprop.layers.batch_norm import BatchNorm
 from jbackprop.layers.gain import Affine
 from jbackprop.observe import Observed, Seen, seen
@@ -80,6 +83,7 @@ def batch_averages(net: Node, params: PyTree, x: Any, key: Array | None = None) 
     Raises:
         ValueError: an empty batch.
     """
+    check_inputs(net, params, x, key)
     if batch_size(x) == 0:
         raise ValueError("the batch is empty: it has no statistics")
     return _batch_averages(net, params, x, key)
@@ -107,8 +111,11 @@ def update_averages(state: State | None, new: State, momentum: float | Array = 0
     Raises:
         ValueError: averages of another network; a momentum that is no share.
     """
-    if not isinstance(momentum, jax.core.Tracer) and not 0 <= float(momentum) <= 1:
-        raise ValueError(f"momentum is the share of the old averages, from 0 to 1, not {momentum}")
+    if not isinstance(momentum, jax.core.Tracer):
+        number_of(momentum, "momentum, the share of the old averages,", least=0, most=1)
+    for name, value in (("state", state), ("new", new)):
+        if not (isinstance(value, Mapping) or (value is None and name == "state")):
+            raise TypeError(f"{name} must be what batch_averages gives, not {type(value).__name__}")
     if state is None:
         return new
     if state.keys() != new.keys():
@@ -131,6 +138,11 @@ def mean_averages(net: Node, params: PyTree, batches: Iterable[Any]) -> State:
         params: its parameters, the same for all mini-batches.
         batches: inputs, (B, ...) each.
     """
+    if isinstance(batches, jax.Array | np.ndarray | str) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches must be several mini-batches, such as a list of arrays (B, ...), not one "
+            f"{type(batches).__name__}"
+        )
     state: State | None = None
     number = 0
     for x in batches:
@@ -162,6 +174,10 @@ def fold_batch_norm(net: Node, params: PyTree, state: State) -> tuple[Node, PyTr
     Raises:
         ValueError: a batch norm that the state knows nothing of, or knows in another shape.
     """
+    check_net(net)
+    check_params(params)
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be what batch_averages gives, not {type(state).__name__}")
 
     def fold(path: str, layer: Layer, own: PyTree) -> tuple[Node, PyTree]:
         if not isinstance(layer, BatchNorm):

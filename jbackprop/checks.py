@@ -32,6 +32,15 @@ def size_of(value: Any, what: str, least: int = 1) -> int:
     return size
 
 
+def shape_of(value: Any, what: str) -> tuple[int, ...]:
+    """A shape as ints; raise unless it is a sequence of sizes."""
+    sizes = tuple(value) if isinstance(value, tuple | list) else (None,)
+    whole = (hasattr(n, "__index__") and not isinstance(n, bool) and n >= 0 for n in sizes)
+    if not all(whole):
+        raise ValueError(f"{what} must be a tuple of sizes, such as (28, 28, 1), not {value!r}")
+    return tuple(operator.index(n) for n in sizes)
+
+
 def check_flags(of: Any, *names: str) -> None:
     """Raise unless each field named is True or False: text, for one, would count as True."""
     for name in names:
@@ -96,6 +105,17 @@ def _real(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def floating_of(value: Any, what: str) -> Any:
+    """A dtype; raise unless it is one of floating-point numbers."""
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f'{what} must be a floating-point dtype, such as "float32", not {value!r}')
+    return dtype
+
+
 def check_functions(of: Any, *names: str) -> None:
     """Raise unless each field named can be called."""
     for name in names:
@@ -122,22 +142,44 @@ def check_key(key: Any, what: str = "key", optional: bool = False) -> None:
 
 
 def check_arrays(name: str, tree: Any) -> None:
-    """Raise unless all leaves are arrays of real numbers, of integers, or of truth values."""
+    """Raise unless it is arrays, or tuples of them, of numbers that are not complex."""
     if isinstance(tree, list) or tree is None:
         raise TypeError(
             f"{name} must be arrays (or tuples of them), not {type(tree).__name__}: "
             f"use np.asarray({name})"
         )
+    check_leaves(name, tree)
+
+
+def check_leaves(name: str, tree: Any) -> None:
+    """Raise unless all leaves are arrays of numbers that are not complex, or of truth values."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         place = name + jax.tree_util.keystr(path)
         if not hasattr(leaf, "dtype"):
-            raise TypeError(
-                f"{place} must be arrays with a batch axis, (B, ...), not {leaf!r}: "
-                f"use np.asarray({place})"
-            )
-        kinds = (jnp.floating, jnp.integer, jnp.bool_, jax.dtypes.extended)
-        if not any(jnp.issubdtype(leaf.dtype, kind) for kind in kinds):
+            raise TypeError(f"{place} must be arrays, not {leaf!r}: use np.asarray({place})")
+        if not any(jnp.issubdtype(leaf.dtype, kind) for kind in _REAL):
             raise TypeError(
                 f"{place} must be arrays of real numbers, not of {leaf.dtype}: "
                 f"use {place}.astype('float32') if that is what it holds"
+            )
+
+
+_REAL = (jnp.floating, jnp.integer, jnp.bool_, jax.dtypes.extended)
+
+
+def real_array(name: str, value: Any) -> jax.Array:
+    """An array, also of a list of numbers; raise unless these are real."""
+    array = value if hasattr(value, "dtype") else np.asarray(value)
+    check_leaves(name, array)
+    return jnp.asarray(value)
+
+
+def check_params(params: Any, name: str = "params") -> None:
+    """Raise unless all leaves are floating-point numbers."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(type(leaf))
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} has the dtype {dtype}: "
+                "parameters must be floating-point numbers; make them with init"
             )

@@ -48,6 +48,8 @@ def load(source: str, target: str | None = None) -> Dataset:
         FileNotFoundError, ValueError: nothing there, or not a table of numbers; names the place.
         ImportError: scikit-learn is missing for one of its data sets.
     """
+    if not isinstance(source, str | Path):
+        raise TypeError(f"source must be the name of a data set or a path, not {source!r}")
     if source in SHIPPED:
         return _shipped(source)
     path = Path(source)

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from jbackprop.checks import check_arrays, check_key
+from jbackprop.checks import check_arrays, check_key, check_params, real_array
 from jbackprop.factored import Coupled, Factored, PyTree, is_factored, weighted
 from jbackprop.losses import Loss
 from jbackprop.structure import by_copy, rebuild, walk
-from jbackprop.sweep import Collect, Node, Trace, backward, batch_size, forward, total
+from jbackprop.sweep import Collect, Node, Trace, backward, batch_size, forward, no_layer, total
 
 
 class Kept(NamedTuple):
@@ -174,10 +173,7 @@ def scaled(delta: Array, weights: Array | float | None) -> Array:
 def check_net(net: Any) -> None:
     """Raise unless it is a network."""
     if not isinstance(net, Node):
-        hint = (
-            "; make an instance: add ()" if inspect.isclass(net) and issubclass(net, Node) else ""
-        )
-        raise TypeError(f"net must be a layer or a composite of layers, not {net!r}{hint}")
+        raise no_layer(net)
 
 
 def check_loss(loss: Any, what: str = "loss") -> None:
@@ -185,17 +181,6 @@ def check_loss(loss: Any, what: str = "loss") -> None:
     if not isinstance(loss, Loss):
         hint = "; make an instance: add ()" if inspect.isclass(loss) else ""
         raise TypeError(f"{what} must be a jbackprop Loss, not {loss!r}{hint}")
-
-
-def check_params(params: Any) -> None:
-    """Raise unless all leaves are floating-point numbers."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        dtype = getattr(leaf, "dtype", np.result_type(type(leaf)))
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"params{jax.tree_util.keystr(path)} has the dtype {dtype}: "
-                "parameters must be floating-point numbers; make them with init"
-            )
 
 
 def check_inputs(net: Any, params: Any, x: Any, key: Any = None) -> None:
@@ -212,6 +197,11 @@ def check_call(net: Any, loss: Any, params: Any, x: Any, y: Any, key: Any = None
     check_net(net)
     check_loss(loss)
     check_inputs(net, params, x, key)
+    check_batch(x, y)
+
+
+def check_batch(x: Any, y: Any) -> None:
+    """Raise where inputs and targets cannot belong together."""
     check_arrays("y", y)
     n = batch_size(x)
     lengths = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else None for leaf in jax.tree.leaves(y)}
@@ -265,6 +255,7 @@ def backprop(
         TypeError: integers where floating-point numbers are due, or the other way round.
     """
     check_call(net, loss, params, x, y, key)
+    check_params(transport, "transport")
     bp = _backprop(net, loss, params, x, y, transport, key)
     loss.check(jnp.shape(bp.outputs), y)
     return bp
@@ -292,7 +283,7 @@ def gradient(bp: Backprop | PyTree, weights: Array | None = None) -> PyTree:
             f"{type(bp).__name__}; capture gives (costs, factored)"
         )
     n = bp.losses.shape[0] if isinstance(bp, Backprop) else pairs[0].size
-    weights = None if weights is None else jnp.asarray(weights)
+    weights = None if weights is None else real_array("weights", weights)
     check_weights(weights, n)
     if isinstance(bp, Backprop) and weights is not None and bp.net.couples_examples:
         raise ValueError(
@@ -344,6 +335,8 @@ def deltas(bp: Backprop) -> OrderedDict[str, Any]:
     the delta. Unscaled: the mean cost's deltas are these divided by B. The copies of a layer in a
     scanned composite are told apart: `layers[1].layer[0]`, ...
     """
+    if not isinstance(bp, Backprop):
+        raise TypeError(f"deltas takes what backprop gives, not {type(bp).__name__}")
     return deltas_of(bp.net, bp.kept)
 
 
@@ -353,7 +346,6 @@ def deltas_of(net: Node, tree: PyTree) -> OrderedDict[str, Any]:
     return by_copy(net, {path: kept.delta for path, _, kept in found if isinstance(kept, Kept)})
 
 
-@functools.lru_cache(maxsize=256)
 def as_function(net: Node) -> Callable[..., Any]:
     """The network as a function whose reverse rule, under `jax.grad`, is the hand-written one.
 
@@ -368,7 +360,12 @@ def as_function(net: Node) -> Callable[..., Any]:
         The key is for layers that draw; None draws nothing. The same function for equal networks.
         Like every `custom_vjp` it has no forward mode.
     """
+    check_net(net)
+    return _as_function(net)
 
+
+@functools.lru_cache(maxsize=256)
+def _as_function(net: Node) -> Callable[..., Any]:
     @jax.custom_vjp
     def function(params: PyTree, x: Any, key: Array | None = None) -> Any:
         return forward(net, params, x, key)[0]
@@ -383,4 +380,9 @@ def as_function(net: Node) -> Callable[..., Any]:
         return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), delta_x, None
 
     function.defvjp(there, back)
-    return function
+
+    def checked(params: PyTree, x: Any, key: Array | None = None) -> Any:
+        check_inputs(net, params, x, key)
+        return function(params, x, key)
+
+    return checked

@@ -6,8 +6,12 @@ over its examples, so that ragged batches count for what they are.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
+
+from jbackprop.checks import check_arrays
 
 
 def accuracy(outputs: Array, y: Array) -> Array:
@@ -21,6 +25,7 @@ def accuracy(outputs: Array, y: Array) -> Array:
     Raises:
         ValueError: targets of another shape; so do the others.
     """
+    _check(outputs, y)
     labels = jnp.argmax(y, axis=-1) if y.shape == outputs.shape else y
     _same("accuracy", outputs.shape[:-1], labels.shape)
     return _mean(jnp.argmax(outputs, axis=-1).astype("int32") == labels.astype("int32"))
@@ -33,14 +38,23 @@ def binary_accuracy(net_inputs: Array, y: Array) -> Array:
         net_inputs: (B, ..., q), so that a probability above 1/2 is a net input above 0.
         y: 0 or 1, (B, ..., q).
     """
+    _check(net_inputs, y)
     _same("binary_accuracy", net_inputs.shape, y.shape)
     return _mean((net_inputs > 0) == (y > 0.5))
 
 
 def absolute_error(outputs: Array, y: Array) -> Array:
     """The mean of |output - target| over an example's outputs; (B,)."""
+    _check(outputs, y)
     _same("absolute_error", outputs.shape, y.shape)
     return _mean(jnp.abs(outputs - y.astype(outputs.dtype)))
+
+
+def _check(outputs: Any, y: Any) -> None:
+    for name, array in (("outputs", outputs), ("targets", y)):
+        check_arrays(name, array)
+        if not hasattr(array, "ndim") or array.ndim == 0:
+            raise ValueError(f"{name} must be one array with a batch axis, (B, ...)")
 
 
 def _same(name: str, needed: tuple[int, ...], got: tuple[int, ...]) -> None:

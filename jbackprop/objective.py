@@ -10,8 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import real_array
 from jbackprop.factored import PyTree, weighted, wide_dtype
-from jbackprop.gradient import check_call, check_weights, refuse_coupling, scaled, sweep
+from jbackprop.gradient import (
+    check_call,
+    check_inputs,
+    check_loss,
+    check_net,
+    check_weights,
+    refuse_coupling,
+    scaled,
+    sweep,
+)
 from jbackprop.losses import Loss
 from jbackprop.sweep import Collect, Node, backward, batch_size, forward, leafwise, total
 
@@ -33,6 +43,8 @@ def value_and_grad(net: Node, loss: Loss) -> Callable[..., tuple[Array, PyTree]]
         A loss that fuses with the last linear map, such as `FusedSoftmaxCrossEntropy`, needs a
         network that ends in one; the network's outputs are then never whole.
     """
+    check_net(net)
+    check_loss(loss)
 
     def call(
         params: PyTree, x: Any, y: Any, weights: Array | None = None, key: Array | None = None
@@ -61,7 +73,7 @@ def value_grad_outputs(
     Where they are not wanted, a loss that can do without them does, and they are None.
     """
     check_call(net, loss, params, x, y, key)
-    weights = None if weights is None else jnp.asarray(weights)
+    weights = None if weights is None else real_array("weights", weights)
     if loss.fuses and not outputs:
         value, grads = _fused_value_grad(net, loss, params, x, y, weights, key)
         loss.check((*jnp.shape(y), net.behead(params).w.shape[1]), y)
@@ -154,6 +166,8 @@ def predict(net: Node, loss: Loss, params: PyTree, x: Any) -> Any:
         ValueError: a layer couples the examples, so that one of them has no prediction of its own;
             the message says what to do.
     """
+    check_inputs(net, params, x)
+    check_loss(loss)
     refuse_coupling(net, "a prediction")
     return _predict(net, loss, params, x)
 

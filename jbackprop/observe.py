@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jbackprop.factored import Full, PyTree
+from jbackprop.gradient import check_inputs
 from jbackprop.structure import by_copy, opened, rebuild, stack_axes
 from jbackprop.sweep import Layer, Node, Trace, as_told, forward
 
@@ -104,6 +105,7 @@ def activations(
         x: the inputs, (B, ...).
         key: for layers that draw.
     """
+    check_inputs(net, params, x, key)
     return by_copy(net, _activations(net, params, x, key))
 
 

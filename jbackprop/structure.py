@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jbackprop.factored import PyTree
-from jbackprop.sweep import Composite, Layer, Node
+from jbackprop.sweep import Composite, Layer, Node, no_layer
 
 
 def walk(net: Node, tree: PyTree = None, path: str = "") -> Iterator[tuple[str, Layer, PyTree]]:
@@ -106,6 +106,10 @@ def trainable_mask(net: Node, params: PyTree) -> PyTree:
         net: a layer or a composite.
         params: its parameters, or their shapes.
     """
+    if not isinstance(net, Node):
+        raise no_layer(net)
+    if params is None:
+        raise ValueError(f"params must be those of {net}, not None: they are made with init")
     if not net.learns or not isinstance(net, Composite):
         return jax.tree.map(lambda _: net.learns, params)
     parts = zip(net.children().values(), net.split(params), strict=True)

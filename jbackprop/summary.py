@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jbackprop.checks import check_arrays, shape_of
 from jbackprop.factored import PyTree
+from jbackprop.gradient import check_net
 from jbackprop.observe import activations
 from jbackprop.structure import copies, walk
 from jbackprop.sweep import Node
@@ -40,6 +42,9 @@ def summary(net: Node, x_shape: tuple[int, ...] | None = None, *, x: Any = None)
     """
     if x_shape is not None and x is not None:
         raise ValueError("give x_shape, the shape of one example, or x, a mini-batch: not both")
+    check_net(net)
+    if x is not None:
+        check_arrays("x", x)
     params = jax.eval_shape(net.init, jax.random.key(0))
     shown: dict[str, str] = {}  # by path, its first copy's
     number: dict[str, int] = {}
@@ -48,7 +53,7 @@ def summary(net: Node, x_shape: tuple[int, ...] | None = None, *, x: Any = None)
         number[path] = number.get(path, 0) + 1
     outputs = {}
     if x_shape is not None:
-        x = jax.ShapeDtypeStruct((1, *x_shape), jnp.result_type(float))
+        x = jax.ShapeDtypeStruct((1, *shape_of(x_shape, "x_shape")), jnp.result_type(float))
     if x is not None:
         try:
             outputs = jax.eval_shape(functools.partial(activations, net), params, x)

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 from jax import Array
 
-from jbackprop.checks import check_arrays
+from jbackprop.checks import check_arrays, check_key, check_params
 from jbackprop.factored import Factored, PyTree, is_factored, place_in
 
 BATCH_AXIS = "batch"
@@ -270,11 +270,13 @@ def forward(net: Node, params: PyTree, x: Any, key: Array | None = None) -> tupl
     Returns:
         The outputs (B, ...), and what was saved: the third part of the network's `Trace`.
     """
+    check_key(key, optional=True)
     n = batch_size(x)
     if isinstance(net, Composite):
         return net.forward(params, x, key)
     if not isinstance(net, Layer):
-        raise _no_layer(net)
+        raise no_layer(net)
+    check_params(params)
     keys = jax.random.split(key, n) if key is not None and net.draws else None
     return _layer_forward(net, params, x, keys)
 
@@ -308,7 +310,7 @@ def backward(
     if isinstance(net, Composite):
         return net.backward(params, trace, delta, collect, transport, aux)
     if not isinstance(net, Layer):
-        raise _no_layer(net)
+        raise no_layer(net)
     if delta is None and not jax.tree.leaves(params):
         return None, params  # integers go through it
     if delta is None:
@@ -316,6 +318,7 @@ def backward(
             f"no delta comes to {net}: the layer after it gives None for dC/dx, which is only for "
             "integer inputs"
         )
+    _check_delta(net, trace, delta)
     carry = params
     if transport is not None and jax.tree.leaves(params):
         _check_transport(net, params, transport)
@@ -326,9 +329,22 @@ def backward(
     return delta_x, collect(factored, delta, aux)
 
 
-def _no_layer(net: Any) -> TypeError:
+def no_layer(net: Any) -> TypeError:
+    """The error where a network is none."""
     hint = "; make an instance: add ()" if isinstance(net, type) else ""
     return TypeError(f"net must be a layer or a composite of layers, not {net!r}{hint}")
+
+
+def _check_delta(layer: Layer, trace: Trace, delta: Any) -> None:
+    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(trace)}
+    for leaf in jax.tree.leaves(delta):
+        floating = jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)
+        apart = sizes and leaf.shape[:1] not in sizes
+        if apart or not (floating or leaf.dtype == jax.dtypes.float0):
+            raise ValueError(
+                f"{layer}: delta must be floating-point, with as many examples in front as the "
+                f"trace has, {sorted(sizes)}, not {leaf.dtype}{list(leaf.shape)}"
+            )
 
 
 def _check_transport(layer: Layer, params: PyTree, transport: PyTree) -> None:
@@ -366,7 +382,10 @@ def _layer_backward(
     shapes = jax.tree.map(jax.numpy.shape, (trace.x, delta_x))
     due = jax.tree.map(_shape_of_delta, trace.x)
     if trace.x is not None and delta_x is not None and due != shapes[1]:
-        raise ValueError(f"{layer}: backward gives dC/dx of shape {shapes[1]} for x {shapes[0]}")
+        raise ValueError(
+            f"{layer}: backward gives dC/dx of shape {shapes[1]} for x {shapes[0]}: it must be "
+            "that of x; are the rule, the parameters or the transport another layer's?"
+        )
     return delta_x, place_in(factored, params)
 
 

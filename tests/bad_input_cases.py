@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jbackprop as jb
-from jbackprop import catalogue
+from jbackprop import catalogue, datasets
 
 NAN, INF = float("nan"), float("inf")
 
@@ -200,10 +200,19 @@ BATCH = 3
 FREE = (jb.Identity, jb.Select, jb.Take, jb.Flatten, jb.Reshape)
 """Layers that move entries, of whatever dtype."""
 OF_ONE_RANK = (jb.Conv, jb.ConvTranspose, jb.MaxPool, jb.AveragePool, jb.Recurrent, jb.Rotary)
-OF_CONSTANTS = (jb.LayerNorm, jb.RMSNorm, jb.GroupNorm, jb.InstanceNorm, jb.BatchNorm, jb.Gain,
-                jb.Affine)
+OF_CONSTANTS = (
+    jb.LayerNorm,
+    jb.RMSNorm,
+    jb.GroupNorm,
+    jb.InstanceNorm,
+    jb.BatchNorm,
+    jb.Gain,
+    jb.Affine,
+)
 """Layers whose parameters are not drawn."""
-REMEDY = "must|needs?|made with init|make them with init"
+REMEDY = (
+    r"\bmust\b|\bneed(s|ed)?\b|\bmade with init|\bmake them with init|takes what|\buse \w|\bgive \w"
+)
 
 
 def zeros_like(shapes):
@@ -486,8 +495,9 @@ def swept(**changed):
     call = CALL | changed
     return jax.tree.map(
         lambda s: np.zeros(s.shape, s.dtype),
-        jax.eval_shape(lambda p, x: jb.backprop(call["net"], call["loss"], p, x, Y),
-                       call["params"], call["x"]),
+        jax.eval_shape(
+            lambda p, x: jb.backprop(call["net"], call["loss"], p, x, Y), call["params"], call["x"]
+        ),
     )
 
 
@@ -502,6 +512,7 @@ STATES = {
         "WeightMirror",
     )
 }  # fmt: skip
+STATES["ForwardForward"] = jb.credit.ForwardForward(3, loss=LOSS)
 
 
 def state_of(rule):
@@ -525,7 +536,7 @@ def of_capture(params, x, **options):
 
 
 def model_cost(params, x):
-    return jnp.sum(jnp.square(x @ params["w"]), axis=1)
+    return jnp.sum(jnp.square(x @ params["w"]))
 
 
 def of_kfac(grads=PARAMS, params=PARAMS, x=X, y=Y, **options):
@@ -644,14 +655,28 @@ CALLS = {
     "optim.hessian_free": (of_hessian_free, {"net": NET, "loss": LOSS, "iterations": 1}),
 }  # fmt: skip
 CALLS |= {
-    f"per_example.{name}": (getattr(jb.per_example, name), given)
-    for name, given in ANSWERS.items()
+    f"per_example.{name}": (getattr(jb.per_example, name), given) for name, given in ANSWERS.items()
 }
 CALLS["per_example.gradient_chunks"] = (chunks, {"bp": BP, "size": 1})
 CALLS |= {
     f"curvature.{name}": (getattr(jb.curvature, name), CURVATURE | given)
     for name, given in MATRICES.items()
 }
+
+
+MEANT = {
+    ("summary", "x", "None"),  # nothing is known of the inputs
+    ("trainable_mask", "params", "of another net"),  # only their structure counts
+    ("trainable_mask", "params", "transposed"),
+    ("trainable_mask", "params", "integers"),
+    ("trainable_mask", "params", "complex"),
+    ("trainable_mask", "params", "words"),
+    ("check.layer", "params", "None"),  # fresh ones
+    ("check.assert_layer", "params", "None"),
+}
+"""What is no rubbish there."""
+EMPTY = {"backprop", "per_example.deferred", "diagnose.first_nonfinite"}
+"""These take a mini-batch of nothing: it has no mean, but nothing else is wrong with it."""
 
 
 def functions():
@@ -662,7 +687,7 @@ def functions():
             if kind is None:
                 continue
             for what, bad in kind.items():
-                if what == "None" and argument == "x" and name == "summary":
+                if (name, argument, what) in MEANT:
                     continue
                 yield Case(
                     f"{name}: {argument} {what}",
@@ -672,13 +697,17 @@ def functions():
                 )
             if argument == "key" and name.split(".")[-1] in NEEDS_KEY:
                 yield Case(
-                    f"{name}: no key", (name,),
-                    lambda target=target, given=given | {"key": None}: target(**given), "key",
+                    f"{name}: no key",
+                    (name,),
+                    lambda target=target, given=given | {"key": None}: target(**given),
+                    "key",
                 )
-        if {"params", "x", "y"} <= set(given):
+        if {"params", "x", "y"} <= set(given) and name not in EMPTY:
             yield Case(
-                f"{name}: no examples", (name,),
-                lambda t=target, given=given | {"x": X[:0], "y": Y[:0]}: t(**given), "empty",
+                f"{name}: no examples",
+                (name,),
+                lambda t=target, given=given | {"x": X[:0], "y": Y[:0]}: t(**given),
+                "empty|weights",
             )
 
 
@@ -688,9 +717,11 @@ def rules():
         for argument in ("net", "params", "key"):
             for what, bad in ARGUMENTS[argument].items():
                 yield Case(
-                    f"{name}.init: {argument} {what}", (f"credit.{name}",),
-                    lambda rule=rule, a={"key": KEY, "net": NET, "params": PARAMS} | {argument: bad}:
-                        rule.init(**a),
+                    f"{name}.init: {argument} {what}",
+                    (f"credit.{name}",),
+                    lambda rule=rule, a={"key": KEY, "net": NET, "params": PARAMS} | {argument: bad}: (
+                        rule.init(**a)
+                    ),
                     REMEDY,
                 )
         state = state_of(rule)
@@ -698,7 +729,301 @@ def rules():
         for argument in ("state", "params", "x", "y", "key"):
             for what, bad in ARGUMENTS[argument].items():
                 yield Case(
-                    f"{name}.gradient: {argument} {what}", (f"credit.{name}",),
+                    f"{name}.gradient: {argument} {what}",
+                    (f"credit.{name}",),
                     lambda rule=rule, given=given | {argument: bad}: rule.gradient(**given),
                     REMEDY,
                 )
+
+
+NORMED_PARAMS = zeros_like(jax.eval_shape(NORMED.init, KEY))
+STATS = {"layers[0]": jb.Averages(np.zeros(4), np.ones(4))}
+OUTPUTS = np.zeros((BATCH, 3))
+
+
+def backward(delta=OUTPUTS, net=NET, params=PARAMS, trace=None, collect=jb.sweep.total, **more):
+    trace = jb.Trace(None, None, jax.eval_shape(lambda: jb.forward(NET, PARAMS, X)[1]))
+    return jax.eval_shape(lambda d: jb.backward(net, params, trace, d, collect, **more), delta)
+
+
+def capture(params, x, cost=model_cost, **options):
+    return jb.capture(cost, **options)(params, x)
+
+
+def others():
+    """What is left: calls by public name, with the place that their messages must have."""
+    w = {"w": np.zeros((4, 3))}
+    table = {
+        "update_averages": [
+            (lambda: jb.update_averages(STATS, {}), "different networks"),
+            (lambda: jb.update_averages(STATS, STATS, 2.0), "momentum.* must"),
+            (lambda: jb.update_averages(STATS, STATS, NAN), "momentum.* must"),
+            (lambda: jb.update_averages(STATS, STATS, "a"), "momentum.* must"),
+            (lambda: jb.update_averages(STATS, None), "batch_averages"),
+            (lambda: jb.update_averages(PARAMS, STATS), "batch_averages"),
+        ],
+        "mean_averages": [
+            (lambda: jb.mean_averages(NORMED, NORMED_PARAMS, []), "no mini-batch"),
+            (lambda: jb.mean_averages(NORMED, NORMED_PARAMS, [X[:0]]), "empty"),
+            (lambda: jb.mean_averages(NORMED, NORMED_PARAMS, None), "batches must"),
+            (lambda: jb.mean_averages(NORMED, NORMED_PARAMS, X), "batches must"),
+            (lambda: jb.mean_averages(jb.Tanh, (), [X]), "net must"),
+        ],
+        "fold_batch_norm": [
+            (lambda: jb.fold_batch_norm(NORMED, NORMED_PARAMS, {}), "make it with batch_averages"),
+            (lambda: jb.fold_batch_norm(NORMED, NORMED_PARAMS, None), "state must"),
+            (lambda: jb.fold_batch_norm(NORMED, PARAMS, STATS), "must|made with init"),
+            (lambda: jb.fold_batch_norm(jb.BatchNorm, NORMED_PARAMS, STATS), "net must"),
+            (
+                lambda: jb.fold_batch_norm(
+                    NORMED, NORMED_PARAMS, {"layers[0]": jb.Averages(np.zeros(3), np.ones(3))}
+                ),
+                "another network",
+            ),
+        ],
+        "metrics.accuracy": [
+            (lambda: jb.metrics.accuracy(OUTPUTS, Y[:2]), "targets need the shape"),
+            (lambda: jb.metrics.accuracy(OUTPUTS, np.zeros((3, 3, 1))), "targets need the shape"),
+            (lambda: jb.metrics.accuracy(OUTPUTS.tolist(), Y), "outputs must"),
+            (lambda: jb.metrics.accuracy(OUTPUTS, Y.tolist()), "targets must"),
+            (lambda: jb.metrics.accuracy(np.zeros(()), Y), "outputs must"),
+        ],
+        "metrics.binary_accuracy": [
+            (lambda: jb.metrics.binary_accuracy(OUTPUTS, Y), "targets need the shape"),
+            (lambda: jb.metrics.binary_accuracy(OUTPUTS, "a"), "targets must"),
+            (lambda: jb.metrics.binary_accuracy(OUTPUTS.astype(complex), OUTPUTS), "outputs must"),
+        ],
+        "metrics.absolute_error": [
+            (lambda: jb.metrics.absolute_error(OUTPUTS, Y), "targets need the shape"),
+            (lambda: jb.metrics.absolute_error(OUTPUTS, None), "targets must"),
+            (lambda: jb.metrics.absolute_error("a", OUTPUTS), "outputs must"),
+        ],
+        "summary": [
+            (lambda: jb.summary(NET, (4,), x=X), "not both"),
+            (lambda: jb.summary(NET, (3,)), "needs 4 features"),
+            (lambda: jb.summary(NET, "abc"), "x_shape must"),
+            (lambda: jb.summary(NET, (-4,)), "x_shape must"),
+            (lambda: jb.summary(NET, (4.5,)), "x_shape must"),
+            (lambda: jb.summary(NET, 4), "x_shape must"),
+        ],
+        "backward": [
+            (lambda: backward(net=jb.Tanh), "net must"),
+            (lambda: backward(params=OTHER), "must|made with init"),
+            (lambda: backward(params=PARAMS[:1]), "made with init"),
+            (lambda: backward(transport=OTHER), "transport must"),
+            (lambda: backward(delta=OUTPUTS[:, :2]), "delta must"),
+            (lambda: backward(delta=OUTPUTS[:2]), "delta must"),
+            (lambda: backward(delta=OUTPUTS.astype(int)), "delta must"),
+        ],
+        "capture": [
+            (lambda: capture(w, 3.0), "has no axis of examples"),
+            (lambda: capture({"w": np.zeros((4, 3), complex)}, X), "must|real"),
+            (lambda: capture({"w": np.full((4, 3), "a")}, X), "must|real"),
+            (lambda: capture(w, np.full((BATCH, 4), "a")), "must|real"),
+            (lambda: jb.capture("model"), "cost must be a function"),
+            (lambda: jb.capture(None), "cost must be a function"),
+            (lambda: capture(w, X, lambda p, x: x @ p["w"]), "must|one number"),
+            (lambda: capture(w, X, lambda p, x: None), "must|one number"),
+            (lambda: capture(w, X, lambda p, x: "a"), "must|one number"),
+            (lambda: capture(w, X, lambda p, x: jnp.sum(x @ p["w"]), has_aux=True), "has_aux"),
+            (lambda: capture(w, X, has_aux="yes"), "has_aux must"),
+            (lambda: jb.capture.deferred("model"), "cost must be a function"),
+            (lambda: jb.capture.explain("model"), "cost must be a function"),
+        ],
+        "diagnose.plot": [
+            (lambda: jb.diagnose.plot(None), "flow must"),
+            (lambda: jb.diagnose.plot(BP), "flow must"),
+            (lambda: jb.diagnose.plot(jb.diagnose.DeltaFlow({}, {}), BP), "units must"),
+        ],
+        "credit.Recorder": [
+            (lambda: jb.credit.Recorder(X, Y, 0), "every must"),
+            (lambda: jb.credit.Recorder(X, Y[:2]), "targets y have"),
+            (lambda: jb.credit.Recorder(X, None), "y must"),
+            (lambda: jb.credit.Recorder(X, Y).plot(), "nothing has been recorded"),
+            (lambda: jb.credit.Recorder(X, Y)(None), "needs a rule"),
+        ],
+        "credit.map_feedback": [
+            (lambda: jb.credit.map_feedback("f", PARAMS), "f must be a function"),
+        ],
+        "credit.State": [
+            (lambda: jb.credit.State(NET, jb.credit.Backpropagation(), KEY).loss, "loss"),
+        ],
+        "credit.Rule": [
+            (lambda: jb.credit.Backpropagation().init(KEY, NET, PARAMS), "has no loss"),
+            (
+                lambda: STATES["KolenPollack"].gradient(
+                    state_of(STATES["FeedbackAlignment"]), PARAMS, X, Y
+                ),
+                "not of KolenPollack",
+            ),
+        ],
+        "optim.hessian_free": [
+            (lambda: of_hessian_free(net=NET, loss=LOSS, damping=-1.0), "damping must"),
+            (lambda: of_hessian_free(net=NET, loss=LOSS, damping="a"), "damping must"),
+            (lambda: of_hessian_free(net=NET, loss=LOSS, learning_rate=0.0), "learning_rate must"),
+            (lambda: of_hessian_free(net=NET, loss=LOSS, learning_rate=NAN), "learning_rate must"),
+            (lambda: of_hessian_free(net=NET, loss=LOSS, warm_start=2.0), "warm_start must"),
+            (lambda: of_hessian_free(net=NET, loss=LOSS, tolerance="a"), "tolerance must"),
+            (lambda: of_update(), "batch=\\(x, y\\)"),
+            (lambda: of_update(x=X), "batch=\\(x, y\\)"),
+            (lambda: of_update(x=X, y=Y[:2]), "targets y have"),
+        ],
+        "optim.kfac": [
+            (lambda: jb.optim.kfac(NET, LOSS, (X, Y), 0.1, key=KEY, decay=1.0), "decay must"),
+            (lambda: jb.optim.kfac(NET, LOSS, (X, Y), 0.1, key=KEY, decay="a"), "decay must"),
+            (
+                lambda: jb.optim.kfac(NET, LOSS, (X, Y), 0.1, key=KEY, momentum=-1),
+                "momentum.* must",
+            ),
+            (lambda: jb.optim.kfac(NET, LOSS, X, 0.1, key=KEY), "example must"),
+            (lambda: jb.optim.kfac(NET, LOSS, (X, Y), -0.1, key=KEY), "learning_rate must"),
+            (
+                lambda: jb.optim.kfac(NET, LOSS, (X, Y), 0.1, key=KEY, norm_constraint=NAN),
+                "norm_constraint must",
+            ),
+        ],
+        "per_example.noisy_gradient": [
+            (
+                lambda v=v: jb.per_example.noisy_gradient(KEY, BP, 1.0, v),
+                "noise_multiplier must",
+            )
+            for v in (-1.0, NAN, INF, "a", None, np.ones(3), 1j)
+        ],
+        "per_example.clipped_gradient": [
+            (lambda: jb.per_example.clipped_gradient(BP, {"layers[0]": 1.0}), "per_layer"),
+            (
+                lambda: jb.per_example.clipped_gradient(BP, {"layers[0]": 1.0}, "per_layer"),
+                "missing: layers\\[2\\]",
+            ),
+            (
+                lambda: jb.per_example.clipped_gradient(
+                    BP, {"layers[0]": -1.0, "layers[2]": 1.0}, "per_layer"
+                ),
+                "max_norm\\['layers\\[0\\]'\\] must",
+            ),
+            (lambda: jb.per_example.clipped_gradient(BP, 1.0, lambda n: n[None]), "one factor"),
+        ],
+        "per_example.variance": [
+            (lambda v=v: jb.per_example.variance(BP, ddof=v), "ddof") for v in (3, "a", 0.5, -1)
+        ],
+        "per_example.snr": [(lambda: jb.per_example.snr(BP, ddof=0.5), "ddof")],
+        "per_example.gram_between": [
+            (lambda: jb.per_example.gram_between(BP, None), "needed|must"),
+            (
+                lambda: jb.per_example.gram_between(BP, swept(params=OTHER, net=jb.mlp([4, 6, 3]))),
+                "different networks",
+            ),
+            (
+                lambda: jb.per_example.gram_between(
+                    BP, jb.per_example.Deferred(PARAMS, X, Y, None, NET, LOSS)
+                ),
+                "needs the pairs",
+            ),
+        ],
+        "per_example.Deferred": [
+            (
+                lambda: jb.per_example.gram(
+                    jb.per_example.Deferred(PARAMS, X, Y, None, NET, LOSS), microbatch=1
+                ),
+                "leave microbatch out",
+            ),
+        ],
+        "curvature.update_average": [
+            (lambda: jb.curvature.update_average(None, None, 0.5), "average must"),
+            (lambda: jb.curvature.update_average(PARAMS, PARAMS, 0.5), "average must"),
+        ],
+        "check.gradient": [
+            (lambda: of_check_gradient(None), "no gradient for"),
+            (lambda: of_check_gradient(np.ones(3, int)), "must be floating-point"),
+            (lambda: of_check_gradient(np.full(3, "a")), "candidate for"),
+            (lambda: of_check_gradient(np.ones(3), argnums=2), "argnums 2"),
+            (lambda: of_check_gradient(np.ones(3), argnums="a"), "argnums"),
+            (lambda: of_check_gradient(np.ones(3), tolerance=NAN), "tolerance must"),
+            (lambda: of_check_gradient(np.ones(3), tolerance="a"), "tolerance must"),
+            (lambda: of_check_gradient(np.ones(3), seed=-1), "seed must"),
+            (lambda: of_check_gradient(np.ones(3), seed=1.5), "seed must"),
+            (lambda: jb.check.gradient(jnp.sin, np.ones(3), candidate=np.ones(3)), "one scalar"),
+            (lambda: jb.check.gradient("f", np.ones(3), candidate=np.ones(3)), "fun must"),
+        ],
+        "check.assert_gradient": [
+            (lambda: jb.check.assert_gradient("f", np.ones(3), candidate=np.ones(3)), "fun must"),
+        ],
+        "check.jvp": [
+            (lambda: jb.check.jvp("f", np.ones(3)), "fun must"),
+            (lambda: jb.check.jvp(jnp.sin, np.ones(3, int)), "no floating-point"),
+            (lambda: jb.check.jvp(jnp.sin, np.ones(3, complex)), "complex"),
+        ],
+        "check.assert_jvp": [(lambda: jb.check.assert_jvp("f", np.ones(3)), "fun must")],
+        "check.vjp": [
+            (lambda: jb.check.vjp("f", np.ones(3)), "fun must"),
+            (lambda: jb.check.vjp(jnp.sin), "no floating-point"),
+            (lambda: jb.check.vjp(jnp.sin, "a"), "no floating-point"),
+        ],
+        "check.assert_vjp": [(lambda: jb.check.assert_vjp("f", np.ones(3)), "fun must")],
+        "check.layer": [
+            (lambda: jb.check.layer(jb.Tanh(), (4,), x=X), "either x_shape"),
+            (lambda: jb.check.layer(jb.Tanh(), (4,), batch=0), "batch must"),
+            (lambda: jb.check.layer(jb.Tanh(), (4,), batch="a"), "batch must"),
+            (lambda: jb.check.layer(jb.Tanh(), "ab"), "x_shape must"),
+            (lambda: jb.check.layer(jb.Tanh, (4,)), "layer must"),
+            (lambda: jb.check.layer(jb.Tanh(), (4,), dtype="words"), "dtype must"),
+            (lambda: jb.check.layer(jb.Tanh(), (4,), dtype=int), "dtype must"),
+        ],
+        "check.network": [
+            (lambda: jb.check.network(*CALL.values(), dtype="words"), "dtype must"),
+            (lambda: jb.check.network(*CALL.values(), dtype=int), "dtype must"),
+        ],
+        "Sequential": [(lambda v=v: jb.Sequential(v), "which is no layer") for v in NETS]
+        + [(lambda: jb.Sequential(), "at least one layer")],
+        "FanOut": [(lambda v=v: jb.FanOut(v), "which is no layer|at least") for v in NETS],
+        "Parallel": [(lambda v=v: jb.Parallel(v), "which is no layer|at least") for v in NETS],
+        "Split": [(lambda v=v: jb.Split(v), "sizes must") for v in SIZES]
+        + [(lambda: jb.Split(), "sizes must")],
+        "transformer": [
+            (lambda: jb.transformer(5, 5, 1, 2, 3), "heads must divide width"),
+            (lambda: jb.transformer(5, 4, 1, 4, 3, rotary=True), "multiple of"),
+        ],
+        "lstm": [(lambda: jb.lstm(), "give inputs")],
+        "resnet": [(lambda: jb.resnet((8, 8, 1), (2,), (1, 1), 3), "one for each")],
+        "Outer": [
+            (lambda: jb.Outer.of(np.zeros(4), np.zeros((2, 3))), "must"),
+            (lambda: jb.gradient({"w": np.zeros((4, 3))}), "takes what"),
+        ],
+        "as_function": [(lambda: jb.as_function([NET]), "net must")],
+        "datasets.load": [
+            (lambda: datasets.load("nothing.csv"), "no such file"),
+            (lambda: datasets.load(__file__), "only .csv and .npz"),
+            (lambda: datasets.load(3), "source must"),
+            (lambda: datasets.load(None), "source must"),
+        ],
+    }
+    for name, given in table.items():
+        for i, (call, message) in enumerate(given):
+            yield Case(f"{name}, {i}: {message}", (name,), call, message)
+
+
+DATA = {
+    "no pair": X,
+    "of three": (X, Y, Y),
+    "of other lengths": (X, Y[:2]),
+    "of nothing": (X[:0], Y[:0]),
+    "None": None,
+    "words": (np.full((BATCH, 4), "a"), Y),
+    "NaN": (X * NAN, Y),
+    "labels too large": (X, Y + 3),
+    "a feature too few": (X[:, :3], Y),
+}
+
+
+def evaluations():
+    """`evaluate`, whose data are a pair."""
+    given = only("net", "loss", "params") | {"data": (X, Y), "metrics": None}
+    bad = {"data": DATA}
+    for argument, values in bad.items():
+        for what, value in values.items():
+            yield Case(
+                f"evaluate: {argument} {what}",
+                ("evaluate",),
+                lambda given=given | {argument: value}: jb.evaluate(**given),
+                REMEDY + "|but y has|is empty|Fill",
+            )

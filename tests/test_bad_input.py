@@ -1,5 +1,11 @@
 """Bad input: each with a message of its own that names the place and the fix."""
 
+import inspect
+import re
+import traceback
+from pathlib import Path
+
+import bad_input_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -388,7 +394,12 @@ CASES = {
         r"validation: x\[0, 0\] is nan",
         None,
     ),
-    "words": (lambda: fit(x=np.full((6, 4), "a")), TypeError, "which is no number", None),
+    "words": (
+        lambda: fit(x=np.full((6, 4), "a")),
+        TypeError,
+        "arrays of real numbers, not of <U1",
+        None,
+    ),
     "labels out of range in fit": (lambda: fit(y=Y.at[5].set(7)), ValueError, r"y\[5\] is 7", None),
     "labels out of range in validation": (
         lambda: fit(validation=(X, Y - 1)),
@@ -410,7 +421,12 @@ CASES = {
         r"a pair \(x, y\)",
         None,
     ),
-    "batch size 0": (lambda: fit(batch_size=0), ValueError, "batch_size must be at least 1", None),
+    "batch size 0": (
+        lambda: fit(batch_size=0),
+        ValueError,
+        "batch_size must be an int of at least 1",
+        None,
+    ),
     "batch size above n": (lambda: fit(batch_size=7), ValueError, "only 6 training examples", None),
     "no epochs": (lambda: fit(epochs=0), ValueError, "epochs must be an int of at least 1", None),
     "no optimizer": (lambda: fit(optimizer=0.1), TypeError, "one of Optax's", None),
@@ -431,13 +447,13 @@ CASES = {
     "a metric called loss": (
         lambda: fit(metrics={"loss": jb.metrics.accuracy}),
         ValueError,
-        "the loss has that name",
+        "a metric cannot be called 'loss'",
         None,
     ),
     "threshold 0": (
         lambda: jb.diagnose.saturation(NET, PARAMS, X, threshold=0.0),
         ValueError,
-        "must be positive",
+        "must be a finite number above 0",
         None,
     ),
 }
@@ -461,3 +477,110 @@ def test_the_same_under_jit(name):
 
 def test_messages_are_all_different():
     assert len({message for _, _, message, _ in CASES.values()}) > 40
+
+
+TABLES = {
+    name: list(getattr(bad_input_cases, name)())
+    for name in (
+        "configurations", "layers", "joins", "losses", "functions", "rules", "others",
+        "evaluations",
+    )
+}  # fmt: skip
+"""Cases that are generated, by the function that makes them; see `bad_input_cases`."""
+GROUPS: dict[tuple[str, str], list] = {}
+for _table, _cases in TABLES.items():
+    for _case in _cases:
+        GROUPS.setdefault((_table, _case.of[0]), []).append(_case)
+PACKAGE = str(Path(jb.__file__).parent)
+
+
+def refusal(case):
+    """What is wrong with how a case is refused: it must be by us, by name, with the remedy."""
+    try:
+        case.call()
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        text = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        if not traceback.extract_tb(error.__traceback__)[-1].filename.startswith(PACKAGE):
+            return f"{case.name}: raised by others, {type(error).__name__}: {text[:200]}"
+        if not re.search(case.message, text):
+            return f"{case.name}: without {case.message!r}: {text[:200]}"
+    except Exception as error:
+        return f"{case.name}: {type(error).__name__}: {str(error)[:200]}"
+    else:
+        return f"{case.name}: is not refused"
+
+
+@pytest.fixture
+def every_frame():
+    """Tracebacks as they are: JAX would hide its own frames, and what it raises look like ours."""
+    before = jax.config.jax_traceback_filtering
+    jax.config.update("jax_traceback_filtering", "off")
+    yield
+    jax.config.update("jax_traceback_filtering", before)
+
+
+@pytest.mark.parametrize(("table", "name"), GROUPS, ids=map("-".join, GROUPS))
+def test_every_generated_case_is_refused(table, name, every_frame):
+    wrong = [found for found in map(refusal, GROUPS[table, name]) if found]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_table_is_large():
+    assert len(CASES) >= 70
+    assert sum(map(len, GROUPS.values())) > 6000
+
+
+NOTHING_TO_REFUSE = {
+    "what others give, made by no user: it holds what it is given": (
+        "Averages", "Backprop", "Fit", "Privacy", "Saved", "Trace", "per_example.Clipped",
+        "per_example.NoiseScale", "per_example.Noisy", "curvature.BlockDiagonal",
+        "curvature.Density", "curvature.Diagonal", "curvature.Eigen", "curvature.Kronecker",
+        "credit.Alignment", "credit.Info", "optim.HessianFreeState", "optim.KfacState",
+        "check.Figures", "check.Report", "diagnose.DeltaFlow", "diagnose.Saturation",
+        "diagnose.SaturationTable",
+    ),
+    "errors and warnings": (
+        "CheckpointError", "FormatError", "NonFiniteError", "Preempted", "check.TruthWarning",
+    ),
+    "abstract: what is made of them is refused by its own name": (
+        "Composite", "Elementwise", "Factored", "Layer", "Loss", "Recurrent", "curvature.Roots",
+        "credit.Transported",
+    ),
+    "a pytree of arrays, rebuilt by every transformation, also around what is no array: pairs are "
+    "checked where they get their place": (
+        "Coupled", "Full", "Lookup", "Nothing", "Patches", "Place", "Scale", "Shift", "Sum",
+    ),
+    "without settings, and of any example: a mark among the roots": (
+        "curvature.Empirical", "curvature.Exact",
+    ),
+}  # fmt: skip
+"""Public names without a case, by the reason."""
+MODULES = ("", "per_example", "curvature", "credit", "optim", "check", "diagnose", "metrics")
+ELSEWHERE = {
+    "test_bad_input.py": {"fit", "EarlyStopping"},
+    "test_private.py": {"Private"},
+    "test_loggers.py": {"CSVLogger", "JSONLinesLogger", "TensorBoardLogger"},
+    "test_saved.py": {"save", "load"},
+    "test_fit.py": {"Checkpoints"},
+}
+"""Names whose cases are written by hand, by the file that has them."""
+
+
+def public_names():
+    for module in MODULES:
+        home = getattr(jb, module) if module else jb
+        for name, value in vars(home).items():
+            if name.startswith("_") or inspect.ismodule(value) or not callable(value):
+                continue
+            if getattr(value, "__module__", "").startswith(home.__name__):
+                yield f"{module}.{name}" if module else name
+
+
+def test_every_public_name_has_a_case():
+    names = set(public_names())
+    covered = {name for cases in TABLES.values() for case in cases for name in case.of}
+    excused = {name for names in NOTHING_TO_REFUSE.values() for name in names}
+    assert not covered & excused, covered & excused
+    left = names - covered - excused - set().union(*ELSEWHERE.values())
+    assert not left, f"no bad input is tried on {sorted(left)}: add cases to bad_input_cases"
+    assert not excused - names, excused - names

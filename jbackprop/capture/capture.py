@@ -11,6 +11,7 @@ from jbackprop.capture.deferred import DeferredCapture
 from jbackprop.capture.explain import Explanation, explanation
 from jbackprop.capture.program import traced
 from jbackprop.capture.sweep import run
+from jbackprop.checks import flag_of, function_of
 from jbackprop.factored import Factored, PyTree
 
 
@@ -65,6 +66,8 @@ class Capture:
         Source: the pairs are those of the delta rule; taps for the deltas as in Dangel, Kunstner
         and Hennig, BackPACK: packing more into backprop (2020), here by jaxpr and `jax.vjp`.
         """
+        function_of(cost, "cost")
+        flag_of(has_aux, "has_aux")
 
         def captured(params: PyTree, *batch: Any) -> Any:
             program = traced(cost, has_aux, params, batch)
@@ -93,6 +96,7 @@ class Capture:
         Raises:
             TypeError, ValueError: as `capture`.
         """
+        function_of(cost, "cost")
 
         def later(params: PyTree, *batch: Any) -> DeferredCapture:
             n = traced(cost, has_aux, params, batch).n
@@ -115,6 +119,7 @@ class Capture:
         Raises:
             TypeError, ValueError: as `capture`.
         """
+        function_of(cost, "cost")
 
         def explained(params: PyTree, *batch: Any) -> Explanation:
             return explanation(traced(cost, has_aux, params, batch))

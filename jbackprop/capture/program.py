@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jbackprop.capture import uses
 from jbackprop.capture.parts import of_leaf
 from jbackprop.capture.plan import Known, Plan, Planner
 from jbackprop.capture.uses import Use
+from jbackprop.checks import check_leaves
 
 PyTree = Any
 
@@ -114,6 +116,7 @@ def parameter(path: str, leaf: Any) -> Array:
             "what is no array out of params, and close cost over it (Equinox: eqx.partition(model, "
             "eqx.is_inexact_array); Flax: nnx.split(model, nnx.Param, ...))"
         )
+    check_leaves(path, np.asarray(leaf) if isinstance(leaf, float) else leaf)
     array = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
@@ -130,6 +133,7 @@ def _examples(batch: Sequence[Any]) -> tuple[list[Array], Any, int]:
     arrays: list[Any] = []
     for path, leaf in named:
         name = "batch" + jax.tree_util.keystr(path)
+        check_leaves(name, leaf if hasattr(leaf, "dtype") else np.asarray(leaf))
         array = leaf if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else jnp.asarray(leaf)
         if not isinstance(array, jax.Array | jax.ShapeDtypeStruct):
             array = jnp.asarray(array)

@@ -75,7 +75,7 @@ def gradient(
         TypeError: no floating-point leaf to differentiate by, or complex ones.
     """
     check_options(truth, tolerance, directions, seed)
-    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    numbers = _argnums(argnums)
     inputs = Inputs(fun, args, numbers, isinstance(argnums, int))
     check_scalar(fun, args)
     candidates = inputs.match(candidate)
@@ -235,12 +235,18 @@ def jvp(
     return composed("jb.check.jvp", name_of(fun), parts, notes=notes_of(parts))
 
 
+def _argnums(value: Any) -> tuple[int, ...]:
+    numbers = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        raise TypeError(f"argnums must be an int, or several, not {value!r}")
+    return numbers
+
+
 def _parted(
     fun: Callable[..., Any], primals: tuple[Any, ...], argnums: int | Sequence[int] | None
 ) -> tuple[Inputs, list[str]]:
     """The arguments of a function, parted, and the names of its outputs."""
-    numbers = all_of(primals) if argnums is None else argnums
-    numbers = (numbers,) if isinstance(numbers, int) else tuple(numbers)
+    numbers = all_of(primals) if argnums is None else _argnums(argnums)
     inputs = Inputs(fun, primals, numbers, False)
     names = output_names(inputs.call_shape(fun))
     if not names:

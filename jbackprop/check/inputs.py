@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from jax import Array
 
 from jbackprop.check.precision import as_jax, coarsest, is_float
 from jbackprop.check.programs import at_any_precision
+from jbackprop.checks import function_of, number_of
 from jbackprop.factored import PyTree
 
 
@@ -23,6 +23,7 @@ class Inputs:
     def __init__(
         self, fun: Callable[..., Any], args: tuple[Any, ...], argnums: tuple[int, ...], single: bool
     ) -> None:
+        function_of(fun, "fun")
         for n in argnums:
             if not -len(args) <= n < len(args):
                 raise ValueError(f"argnums {n}: {name_of(fun)} was given {len(args)} arguments")
@@ -194,10 +195,10 @@ def output_names(out: Any) -> list[str]:
 
 def check_options(truth: str, tolerance: float | None, directions: int, seed: int) -> None:
     """Raise for options that mean nothing."""
-    if tolerance is not None and not 0 < tolerance < math.inf:
-        raise ValueError(f"tolerance must be a positive number, not {tolerance}")
+    if tolerance is not None:
+        number_of(tolerance, "tolerance", above=0)
     for name, value in (("directions", directions), ("seed", seed)):
-        if not isinstance(value, int):
+        if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an int, not {value!r}")
     if seed < 0:
         raise ValueError(f"seed must not be negative, but is {seed}")

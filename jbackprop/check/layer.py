@@ -17,6 +17,14 @@ from jbackprop.check.judge import How, TruthKind
 from jbackprop.check.precision import FLOOR64, as_given, cast, exactly, float64, is_float
 from jbackprop.check.programs import reached
 from jbackprop.check.report import Figures, Report, composed, demand
+from jbackprop.checks import (
+    check_key,
+    check_leaves,
+    check_params,
+    floating_of,
+    shape_of,
+    size_of,
+)
 from jbackprop.factored import PyTree, is_factored
 from jbackprop.structure import trainable_mask
 from jbackprop.sweep import Layer, Node, Trace, backward, forward, keep, total
@@ -74,15 +82,17 @@ def layer(
     keys = jax.random.split(jax.random.key(seed), 2)
     params = layer.init(keys[0]) if params is None else params
     if x is None:
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, not {batch}")
-        shape = (x_shape,) if isinstance(x_shape, int) else tuple(x_shape or ())
+        batch = size_of(batch, "batch")
+        shape = shape_of((x_shape,) if isinstance(x_shape, int) else x_shape, "x_shape")
         x = jax.random.normal(keys[1], (batch, *shape))
+    check_params(params)
+    check_leaves("x", x)
+    check_key(key, optional=True)
     params, x = jax.tree.map(np.asarray, (params, x))
     found = [leaf.dtype for leaf in jax.tree.leaves((params, x)) if is_float(leaf)]
     if not found:
         raise TypeError(f"{layer!r} has no floating-point parameter or input to differentiate by")
-    dtype = jnp.dtype(dtype or found[0])
+    dtype = floating_of(dtype or found[0], "dtype")
     with as_given(dtype):
         rule = _Rule(layer, cast((params, x), dtype), key, seed)
     agreement = rule.agreement(dtype, truth, tolerance, directions, seed)

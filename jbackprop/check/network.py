@@ -36,11 +36,12 @@ from jbackprop.check.swept import (
     output_of,
     over_copies,
 )
+from jbackprop.checks import floating_of
 from jbackprop.factored import PyTree
 from jbackprop.gradient import check_call, coupling_layer
 from jbackprop.losses import Loss
 from jbackprop.structure import stack_axes, trainable_mask, untied, walk
-from jbackprop.sweep import Layer, Node, forward
+from jbackprop.sweep import Layer, Node, batch_size, forward
 
 
 def network(
@@ -90,7 +91,12 @@ def network(
         TypeError: as `backprop`.
     """
     check_options(truth, tolerance, directions, seed)
+    if dtype is not None:
+        floating_of(dtype, "dtype")
     check_call(net, loss, params, x, y, key)
+    if batch_size(x) == 0:
+        raise ValueError("the batch is empty: there is nothing to compare")
+    loss.check(jax.eval_shape(lambda p, x: forward(net, p, x)[0], params, x).shape, y)
     if net.couples_examples:
         raise ValueError(
             f"{coupling_layer(net)} couples the examples: the delta of one example's own cost is "

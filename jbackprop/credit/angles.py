@@ -20,7 +20,7 @@ from jbackprop.credit.transported import Transported
 from jbackprop.diagnose.flow import beside, places_of
 from jbackprop.diagnose.pictures import figure
 from jbackprop.factored import PyTree, wide_dtype
-from jbackprop.gradient import deltas_of, sweep
+from jbackprop.gradient import check_batch, deltas_of, sweep
 from jbackprop.structure import by_copy, copies, rebuild, stack_axes, walk
 from jbackprop.sweep import Layer, Node
 from jbackprop.table import render
@@ -260,6 +260,7 @@ class Recorder:
     """
 
     def __init__(self, x: Any, y: Any, every: int = 1):
+        check_batch(x, y)
         self.x, self.y, self.every = x, y, every
         check_sizes(self, "every")
         self.epochs: list[int] = []
@@ -267,7 +268,7 @@ class Recorder:
 
     def __call__(self, epoch: Any) -> None:
         """Look at the state after an epoch."""
-        if not isinstance(epoch.rule_state, State):
+        if not isinstance(getattr(epoch, "rule_state", None), State):
             raise ValueError("a Recorder needs a rule to look at: jb.fit(..., rule=rule)")
         if epoch.number % self.every:
             return

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import function_of
 from jbackprop.factored import PyTree
 from jbackprop.observe import Seen, Wrapper, seen
 from jbackprop.structure import rebuild, stack_axes, walk
@@ -24,6 +25,7 @@ def map_feedback(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
         tree: of feedback weights.
         rest: trees like params, or like `tree`.
     """
+    function_of(f, "f")
     return jax.tree.map(
         lambda v, *others: None if v is None else f(v, *others),
         tree,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jbackprop.checks import check_key
+from jbackprop.checks import check_key, check_params
 from jbackprop.factored import PyTree, wide_dtype
 from jbackprop.gradient import (
     Kept,
@@ -20,7 +20,6 @@ from jbackprop.gradient import (
     check_call,
     check_loss,
     check_net,
-    check_params,
     collected,
     deltas,
     deltas_of,
@@ -53,7 +52,8 @@ class State:
     @property
     def loss(self) -> Loss:
         """The rule's."""
-        assert self.rule.loss is not None
+        if self.rule.loss is None:
+            raise ValueError(f"{type(self.rule).__name__} has no loss: give it loss=")
         return self.rule.loss
 
     @property
@@ -140,7 +140,16 @@ class Rule(abc.ABC):
             name = type(self).__name__
             raise ValueError(f"{name} has no loss: {name}(loss=jbackprop.SoftmaxCrossEntropy())")
         if not jax.tree.leaves(params):
-            raise ValueError(f"{net} has no weights: there is nothing to assign credit to")
+            raise ValueError(
+                f"{net} has no weights, or these are not its: it needs params from its init"
+            )
+        due = jax.eval_shape(net.init, jax.random.key(0))
+        shapes = [jax.tree.map(jnp.shape, tree) for tree in (due, params)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"these are not the parameters of {net}: it needs shapes {shapes[0]}, not "
+                f"{shapes[1]}; make them with init, or pass those that belong to this network"
+            )
         own, kept = jax.random.split(jax.random.fold_in(key, _STREAM))
         return State(net, self, kept, self.begin(own, net, params, x))
 

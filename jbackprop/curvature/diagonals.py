@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.checks import flag_of
 from jbackprop.curvature.roots import Empirical, Exact, Roots
 from jbackprop.curvature.sweeps import (
     DELTAS,
@@ -87,6 +88,7 @@ def diag_ggn(
     """
     check_model(net, loss, params, x, y, key, roots)
     check_number("chunk", chunk, optional=True)
+    per_example = flag_of(per_example, "per_example")
     return _diagonal(net, loss, roots, per_example, chunk, params, x, y, key)
 
 

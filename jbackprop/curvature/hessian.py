@@ -79,7 +79,7 @@ def diag_hessian(
             "diag_hessian propagates through the layers of a network of ours, and a function has "
             "none to be seen: use estimate_diag_hessian, or diag_ggn"
         )
-    check_model(net, loss, params, x, y)
+    check_model(net, loss, params, x, y, key)
     check_number("chunk", chunk, optional=True)
     refuse_coupling(net, "the Hessian of one example's cost")
     return _exact(net, loss, chunk, params, x, y, key)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.checks import flag_of
 from jbackprop.curvature.blocks import BlockDiagonal, Diagonal, Eigen, Kronecker, Where, mix
 from jbackprop.curvature.diagonals import second_moment, turned_second_moment, with_last
 from jbackprop.curvature.products import shapes_of
@@ -108,6 +109,7 @@ def kfac(
         NotImplementedError: the loss has no root; the message names it.
     """
     _check(net, loss, params, x, y, roots, key, sharing, chunk)
+    joint_bias = flag_of(joint_bias, "joint_bias")
     return _kfac(net, loss, roots, sharing, joint_bias, chunk, params, x, y, key)
 
 
@@ -150,6 +152,7 @@ def ekfac(
         ValueError, NotImplementedError: as `kfac`; a basis of another network.
     """
     _check(net, loss, params, x, y, roots, key, sharing, chunk)
+    joint_bias = flag_of(joint_bias, "joint_bias")
     if basis is None:
         basis = kfac(
             net, loss, params, x, y, roots, key=key, sharing=sharing, joint_bias=joint_bias,
@@ -340,6 +343,9 @@ def update_average(average: BlockDiagonal, new: BlockDiagonal, decay: Any) -> Bl
     Raises:
         ValueError: blocks in eigenbases, as of `ekfac`, whose eigenvectors have no average.
     """
+    for name, given in (("average", average), ("new", new)):
+        if not isinstance(given, BlockDiagonal):
+            raise TypeError(f"{name} must be what kfac gives, not {type(given).__name__}")
     every = (*average.blocks.values(), *new.blocks.values())
     if any(isinstance(block, Eigen) for block in every):
         raise ValueError("eigenvectors have no average: average what kfac gives, then decompose it")

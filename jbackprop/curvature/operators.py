@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax import Array
 
+from jbackprop.checks import number_of
 from jbackprop.curvature.products import ggn_of, hessian_of
 from jbackprop.curvature.roots import Roots
 from jbackprop.curvature.sweeps import Model, check_model
@@ -37,7 +38,8 @@ def hessian_operator(
         ValueError: as `hessian_product`.
         ImportError: lineax is not installed: `pip install 'jbackprop[solvers]'`.
     """
-    check_model(net, loss, params, x, y)
+    check_model(net, loss, params, x, y, key)
+    damping = _damping(damping)
     return _operator(hessian_of(net, loss, params, x, y, key), params, damping, "symmetric_tag")
 
 
@@ -68,12 +70,14 @@ def ggn_operator(
         ImportError: lineax is not installed: `pip install 'jbackprop[solvers]'`.
     """
     check_model(net, loss, params, x, y, key, roots)
-    if isinstance(damping, float | int) and damping < 0:
-        raise ValueError(
-            f"damping must not be negative, or the operator is not definite: {damping}"
-        )
+    damping = _damping(damping, least=0)
     product = ggn_of(net, loss, params, x, y, key, roots)
     return _operator(product, params, damping, "positive_semidefinite_tag")
+
+
+def _damping(value: Any, **bounds: float) -> Any:
+    """A number; traced, it is taken as it is."""
+    return value if isinstance(value, jax.core.Tracer) else number_of(value, "damping", **bounds)
 
 
 def _operator(product: Any, params: PyTree, damping: Any, tag: str) -> Any:

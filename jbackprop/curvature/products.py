@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import check_leaves
 from jbackprop.curvature.roots import Empirical, Exact, Roots
 from jbackprop.curvature.sweeps import Model, check_model, outputs_of, two_keys
 from jbackprop.factored import PyTree, einsum, weighted
@@ -53,7 +54,8 @@ def hessian_product(
     Raises:
         ValueError: a vector that is not like params, inputs or targets that do not fit.
     """
-    check_model(net, loss, params, x, y)
+    check_model(net, loss, params, x, y, key)
+    check_leaves("vector", vector)
     return _product("hessian", net, loss, params, x, y, vector, key)
 
 
@@ -86,7 +88,8 @@ def ggn_product(
         ValueError: as `hessian_product`.
         NotImplementedError: the loss has no `hessian_product`; the message names it.
     """
-    check_model(net, loss, params, x, y)
+    check_model(net, loss, params, x, y, key)
+    check_leaves("vector", vector)
     return _product("ggn", net, loss, params, x, y, vector, key)
 
 
@@ -118,7 +121,8 @@ def ggn_inner(
     Raises:
         ValueError, NotImplementedError: as `ggn_product`.
     """
-    check_model(net, loss, params, x, y)
+    check_model(net, loss, params, x, y, key)
+    check_leaves("vectors", vectors)
     return _inner(net, loss, params, x, y, vectors, key)
 
 
@@ -180,6 +184,7 @@ def fisher_product(
             f"{loss} is not of the canonical family, a log likelihood in its natural parameters, "
             "and has no Fisher matrix here: use ggn_product, or Empirical()"
         )
+    check_leaves("vector", vector)
     return _product(
         "ggn" if isinstance(roots, Exact) else roots, net, loss, params, x, y, vector, key
     )
@@ -213,7 +218,7 @@ def check_vector(tree: Any, shapes: Sequence[tuple[int, ...]], vector: PyTree) -
     """
     found = jax.tree.structure(vector)
     if found != tree:
-        raise ValueError(f"the vector has the structure {found}; that of params is {tree}")
+        raise ValueError(f"the vector must be a tree like params, {tree}, not {found}")
     due, given = list(shapes), [jnp.shape(leaf) for leaf in jax.tree.leaves(vector)]
     if given == due:
         return False

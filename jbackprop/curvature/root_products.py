@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.checks import check_leaves
 from jbackprop.curvature.products import check_vector, learning, shapes_of
 from jbackprop.curvature.roots import Exact, Roots
 from jbackprop.curvature.sweeps import (
@@ -62,6 +63,7 @@ def ggn_block_product(
     """
     check_model(net, loss, params, x, y, key, roots)
     check_number("chunk", chunk, optional=True)
+    check_leaves("vector", vector)
     return _block_product(net, loss, roots, chunk, params, x, y, vector, key)
 
 

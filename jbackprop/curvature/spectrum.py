@@ -14,6 +14,7 @@ import numpy as np
 import scipy.sparse.linalg
 from jax import Array, lax
 
+from jbackprop.checks import check_key, flag_of, number_of
 from jbackprop.curvature.products import ggn_of, hessian_of
 from jbackprop.curvature.sweeps import (
     Group,
@@ -71,8 +72,10 @@ def top_eigenvalues(
         ValueError: as `hessian_product`; options out of range.
         scipy.sparse.linalg.ArpackNoConvergence: it did not converge.
     """
-    _check_matrix(net, loss, params, x, y, matrix)
+    _check_matrix(net, loss, params, x, y, matrix, key, per_layer)
     check_number("number", number)
+    flag_of(vectors, "vectors")
+    tolerance = number_of(tolerance, "tolerance", least=0)
     start = jax.random.key(0) if key is None else jax.random.fold_in(key, 1)
     data = (params, x, y, key)
 
@@ -172,11 +175,11 @@ def spectral_density(
         ValueError: as `hessian_product`; options out of range.
         ImportError: matfree is not installed: `pip install 'jbackprop[solvers]'`.
     """
-    _check_matrix(net, loss, params, x, y, matrix)
+    _check_matrix(net, loss, params, x, y, matrix, key, per_layer)
+    check_key(key)
     for name, value in (("steps", steps), ("samples", samples), ("points", points)):
         check_number(name, value)
-    if not width > 0:
-        raise ValueError(f"width must be positive, not {width}")
+    width = number_of(width, "width", above=0)
     keys = jax.random.split(jax.random.fold_in(key, 1), samples)
     data = (params, x, y, key)
 
@@ -241,8 +244,11 @@ def _smoothed(nodes: Array, weights: Array, points: int, width: float) -> Densit
     return Density(grid, bells @ weights.reshape(-1) / nodes.shape[0], nodes, weights)
 
 
-def _check_matrix(net: Any, loss: Any, params: Any, x: Any, y: Any, matrix: Any) -> None:
-    check_model(net, loss, params, x, y)
+def _check_matrix(
+    net: Any, loss: Any, params: Any, x: Any, y: Any, matrix: Any, key: Any, per_layer: Any
+) -> None:
+    check_model(net, loss, params, x, y, key)
+    flag_of(per_layer, "per_layer")
     if matrix not in get_args(Matrix):
         raise ValueError(f'matrix must be "ggn" or "hessian", not {matrix!r}')
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.checks import flag_of
 from jbackprop.curvature.hessian import estimated
 from jbackprop.curvature.roots import Exact, Roots
 from jbackprop.curvature.sweeps import (
@@ -58,6 +59,7 @@ def trace_ggn(
     """
     check_model(net, loss, params, x, y, key, roots)
     check_number("chunk", chunk, optional=True)
+    flag_of(per_layer, "per_layer")
     found = _traces(net, loss, roots, chunk, params, x, y, key)
     return _by_layer(net, params, x, found, per_layer)
 
@@ -115,6 +117,7 @@ def trace_hessian(
     Raises:
         ValueError: as `hessian_product`.
     """
+    flag_of(per_layer, "per_layer")
     found = estimated(net, loss, samples, chunk, params, x, y, key)
     return _by_layer(net, params, x, [jnp.sum(v) for v in jax.tree.leaves(found)], per_layer)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jbackprop.factored import PyTree
-from jbackprop.gradient import backprop, deltas, gradient
+from jbackprop.gradient import backprop, check_call, deltas, gradient
 from jbackprop.losses import Loss
 from jbackprop.observe import activations
 from jbackprop.structure import by_copy, layers_by_copy, walk
@@ -28,6 +28,7 @@ def first_nonfinite(
         The place: an input, a parameter, the output of a layer, the cost, the delta of a layer, or
         the gradient of a parameter. None if all is finite.
     """
+    check_call(net, loss, params, x, y, key)
     if not _finite(x):
         return "the inputs x"
     named = layers_by_copy(net)

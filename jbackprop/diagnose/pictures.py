@@ -44,6 +44,10 @@ def plot(flow: DeltaFlow, units: SaturationTable | None = None) -> Any:
     Returns:
         A matplotlib figure: `figure.savefig("deltas.png")`.
     """
+    if not isinstance(flow, DeltaFlow):
+        raise TypeError(f"flow must be what delta_norms gives, not {type(flow).__name__}")
+    if units is not None and not isinstance(units, SaturationTable):
+        raise TypeError(f"units must be what saturation gives, not {type(units).__name__}")
     fig, axes = figure(2 if units else 1)
     plot_flow(axes[0], {"": flow})
     if units:

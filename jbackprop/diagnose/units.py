@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import number_of
 from jbackprop.factored import PyTree
+from jbackprop.gradient import check_inputs
 from jbackprop.layers import Elementwise, Identity
 from jbackprop.observe import Seen, seen
 from jbackprop.structure import by_copy, layers_by_copy
@@ -62,8 +64,8 @@ def saturation(net: Node, params: PyTree, x: Any, threshold: float = 0.05) -> Sa
     Raises:
         ValueError: a threshold that is not positive.
     """
-    if not threshold > 0:
-        raise ValueError(f"threshold must be positive, not {threshold}")
+    check_inputs(net, params, x)
+    threshold = number_of(threshold, "threshold", above=0)
     slopes = _slopes(net, params, x)
     names = {path: repr(layer) for path, layer in layers_by_copy(net).items()}
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -45,6 +46,11 @@ class Outer(Factored):
     @classmethod
     def of(cls, a: Array, delta: Array, steps: tuple[Step, ...] = ()) -> Outer:
         """One example's pair from a (..., i) and delta (..., o): one group, leading axes are T."""
+        if math.prod(a.shape[:-1]) != math.prod(delta.shape[:-1]):
+            raise ValueError(
+                f"Outer: a and delta must have as many positions each, not {a.shape} and "
+                f"{delta.shape}"
+            )
         return cls(
             a.reshape(1, -1, a.shape[-1]), delta.reshape(1, -1, delta.shape[-1]), somewhere(steps)
         )

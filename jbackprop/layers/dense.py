@@ -101,6 +101,8 @@ class Dense(Layer):
     def backward(self, params: PyTree, trace: Trace, delta: Array) -> tuple[Array, PyTree]:
         x = trace.x
         last = delta.ndim - 1
+        if delta.shape[-1:] != (self.q,):
+            raise ValueError(f"{self}: delta must end in {self.q} entries, not {delta.shape}")
         delta_x = lax.dot_general(
             delta, params["w"].astype(delta.dtype), (((last,), (1,)), ((), ()))
         )

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jbackprop.checks import number_of
 from jbackprop.curvature.products import ggn_inner, ggn_of
 from jbackprop.curvature.sweeps import Model, check_model, check_number
 from jbackprop.factored import PyTree
+from jbackprop.gradient import check_loss, check_net
 from jbackprop.losses import Loss
 from jbackprop.optim.damping import (
     Damping,
@@ -76,13 +78,14 @@ def hessian_free(
         ValueError: options out of range; all that `jbackprop.curvature.ggn_product` refuses.
         TypeError: an update without params or batch.
     """
+    if not callable(net) or isinstance(net, type):
+        check_net(net)
+    check_loss(loss)
     check_damping(damping)
     check_rate(learning_rate)
     check_number("iterations", iterations)
-    if not 0 <= warm_start <= 1:
-        raise ValueError(f"warm_start must be from 0 to 1, not {warm_start}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must not be negative, not {tolerance}")
+    warm_start = number_of(warm_start, "warm_start", least=0, most=1)
+    tolerance = number_of(tolerance, "tolerance", least=0)
 
     def init(params: PyTree) -> HessianFreeState:
         step = jax.tree.map(jnp.zeros_like, params)
@@ -99,7 +102,7 @@ def hessian_free(
         value_fn: Callable[[PyTree], Array] | None = None,
         **_: Any,
     ) -> tuple[PyTree, HessianFreeState]:
-        if params is None or batch is None:
+        if params is None or not (isinstance(batch, tuple | list) and len(batch) == 2):
             raise TypeError(
                 "hessian_free needs the parameters and the mini-batch: call "
                 "update(grads, state, params, batch=(x, y))"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import optax
 from jax import Array, lax
 
 from jbackprop import curvature
+from jbackprop.checks import check_key, check_params, flag_of, number_of
 from jbackprop.curvature.blocks import BlockDiagonal, mix
 from jbackprop.curvature.roles import Sharing
 from jbackprop.curvature.roots import MonteCarlo, Roots
@@ -123,13 +123,16 @@ def kfac(
         TypeError: an update without params or batch.
     """
     check_damping(damping)
+    check_key(key)
+    for name, flag in (("joint_bias", joint_bias), ("corrected", corrected)):
+        flag_of(flag, name)
     for name, number in (("factors_every", factors_every), ("invert_every", invert_every)):
         check_number(name, number)
     for name, share in (("decay", decay), ("momentum", momentum)):
-        if share is not None and not 0 <= share < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1, not {share}")
-    if norm_constraint is not None and not 0 < norm_constraint < math.inf:
-        raise ValueError(f"norm_constraint must be positive, or None, not {norm_constraint}")
+        if share is not None:
+            number_of(share, name, least=0, below=1)
+    if norm_constraint is not None:
+        norm_constraint = number_of(norm_constraint, "norm_constraint", above=0)
     if learning_rate is None and not (norm_constraint is momentum is None):
         raise ValueError("norm_constraint and momentum go with a given learning rate: give one")
     check_rate(learning_rate, optional=True)
@@ -142,6 +145,7 @@ def kfac(
         )
 
     def init(params: PyTree) -> KfacState:
+        check_params(params)
         shapes = jax.eval_shape(factors_of, params, *example, key)
         factors = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
         basis = jax.tree.map(
@@ -162,7 +166,7 @@ def kfac(
         value_fn: Callable[[PyTree], Array] | None = None,
         **_: Any,
     ) -> tuple[PyTree, KfacState]:
-        if params is None or batch is None:
+        if params is None or not (isinstance(batch, tuple | list) and len(batch) == 2):
             raise TypeError(
                 "K-FAC needs the parameters and the mini-batch: call "
                 "update(grads, state, params, batch=(x, y))"

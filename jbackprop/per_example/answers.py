@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import flag_of, real_array
 from jbackprop.factored import Method, PyTree, is_factored, wide_dtype
 from jbackprop.gradient import Backprop
 from jbackprop.per_example.source import (
@@ -40,7 +41,7 @@ def check_question(
         raise ValueError(f"method must be one of {', '.join(map(repr, _METHODS))}, not {method!r}")
     if weights is None:
         return n, None
-    weights = jnp.asarray(weights)
+    weights = real_array("weights", weights)
     if weights.shape != (n,):
         raise ValueError(
             f"weights must have the shape ({n},), one for each example, not {weights.shape}"
@@ -119,6 +120,7 @@ def norms(
             or options that do not fit.
     """
     n, weights = check_question(bp, weights, microbatch, method)
+    per_layer = flag_of(per_layer, "per_layer")
     return _norms(bp, weights, per_layer, method, microbatch, n)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import check_key, number_of
 from jbackprop.factored import Method, PyTree
 from jbackprop.per_example.answers import check_question, root, summed, times
 from jbackprop.per_example.source import (
@@ -201,8 +202,9 @@ def noisy_gradient(
     """
     n, weights = check_question(bp, weights, microbatch, method)
     max_norm = check_bounds(max_norm, scheme)
-    if not _is_traced(noise_multiplier) and not 0 <= float(noise_multiplier) < math.inf:
-        raise ValueError(f"noise_multiplier must be finite and at least 0, not {noise_multiplier}")
+    check_key(key)
+    if not _is_traced(noise_multiplier):
+        number_of(noise_multiplier, "noise_multiplier", least=0)
     _check_positive("divisor", divisor)
     sums, found = clipped_sums(bp, max_norm, weights, scheme, method, microbatch, n)
     sensitivity = sensitivity_of(max_norm)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import flag_of, size_of
 from jbackprop.factored import Moments, PyTree, in_shares, widest_dtype
 from jbackprop.per_example.answers import check_question, root, summed, times
 from jbackprop.per_example.source import Pairs, Source, in_parts
@@ -141,7 +141,7 @@ def snr(
 def _moments(bp: Pairs, ddof: int, weights: Array | None, microbatch: int | None) -> Moments:
     """The variance as `variance` has it."""
     n, weights = _check(bp, weights, microbatch)
-    ddof = operator.index(ddof)
+    ddof = size_of(ddof, "ddof", least=0)
     if weights is None and n <= ddof:
         raise ValueError(f"a variance with ddof={ddof} needs more than {ddof} examples, not {n}")
     return _jitted_moments(bp, weights, ddof, microbatch, n)
@@ -212,6 +212,7 @@ def noise_scale(
     n, weights = _check(bp, weights, microbatch)
     if n < 2:
         raise ValueError(f"a noise scale needs two examples at least, not {n}")
+    per_layer = flag_of(per_layer, "per_layer")
     return _noise_scale(bp, weights, per_layer, microbatch, n)
 
 
