@@ -10,7 +10,6 @@ one that a checksum of the zip format counts.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -27,6 +26,7 @@ import numpy as np
 from jbackprop.saved.configuration import FormatError, Json
 
 CONFIG = "config.json"
+_CHUNK = 2**20
 
 
 def write(path: str | os.PathLike[str], config: Json, arrays: Iterable[tuple[str, Any]]) -> None:
@@ -128,11 +128,11 @@ class Archive:
                 "numpy.load reads arrays"
             )
         self.entries = [name for name in names if name != CONFIG]
+        with _damages():
+            text = self._zip.read(CONFIG)
         try:
-            self.config = json.loads(self._bytes(CONFIG))
+            self.config = json.loads(text)
         except (ValueError, RecursionError) as error:
-            if isinstance(error, FormatError):
-                raise
             raise FormatError(f"{CONFIG} is no JSON ({error}); {_REMEDY}") from error
 
     def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -141,31 +141,31 @@ class Archive:
         Raises:
             FormatError: it is another, or damaged.
         """
-        data = self._bytes(name)
-        stream = io.BytesIO(data)
-        with _damages():
-            version = np.lib.format.read_magic(stream)
+        with _damages(), self._zip.open(name) as part:
+            version = np.lib.format.read_magic(part)
             if version != (1, 0):
                 raise ValueError(f"{name} is of version {version} of NumPy's format")
-            found = np.lib.format.read_array_header_1_0(stream)
-        if found[2].hasobject:
-            raise FormatError(
-                f"the entry {name} has Python objects in it, which are never read: unpickling "
-                "could run any program; it was not written by jb.save"
-            )
-        kept = stored_dtype(dtype)
-        size = len(data) - stream.tell()
-        expected = kept.itemsize * math.prod(shape)
-        if found[::2] != (shape, kept) or (found[1] and len(shape) > 1) or size != expected:
-            raise FormatError(
-                f"the entry {name} has {found[2]} of shape {found[0]} in {size} bytes, but "
-                f"{kept} of shape {shape} is needed; it was changed after jb.save"
-            )
-        return np.ndarray(shape, kept, data, stream.tell()).view(dtype)
-
-    def _bytes(self, name: str) -> bytes:
-        with _damages():
-            return self._zip.read(name)
+            found = np.lib.format.read_array_header_1_0(part)
+            if found[2].hasobject:
+                raise FormatError(
+                    f"the entry {name} has Python objects in it, which are never read: unpickling "
+                    "could run any program; it was not written by jb.save"
+                )
+            kept = stored_dtype(dtype)
+            size = self._zip.getinfo(name).file_size - part.tell()
+            expected = kept.itemsize * math.prod(shape)
+            if found[::2] != (shape, kept) or (found[1] and len(shape) > 1) or size != expected:
+                raise FormatError(
+                    f"the entry {name} has {found[2]} of shape {found[0]} in {size} bytes, but "
+                    f"{kept} of shape {shape} is needed; it was changed after jb.save"
+                )
+            array = np.empty(shape, kept)
+            into = array.reshape(-1).view(np.uint8)
+            for start in range(0, size, _CHUNK):
+                data = part.read(min(_CHUNK, size - start))
+                into[start : start + len(data)] = np.frombuffer(data, np.uint8)
+            part.read(1)  # there is no more: now the checksum is compared, if it was not yet
+        return array.view(dtype)
 
 
 _REMEDY = "copy the file again, or save the network again"
@@ -176,6 +176,8 @@ def _damages() -> Iterator[None]:
     """What `zipfile` and `numpy` raise where a file is damaged."""
     try:
         yield
+    except FormatError:
+        raise
     except (
         zipfile.BadZipFile, ValueError, EOFError, struct.error, RuntimeError, NotImplementedError,
         MemoryError, OverflowError,
