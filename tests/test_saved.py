@@ -285,7 +285,7 @@ def test_configurations_keep_everything():
         float("inf"), -float("inf"), jnp.float32, jnp.tanh, jax.nn.silu, jax.nn.relu, jb.Tanh(),
     )  # fmt: skip
     encoder = Encoder()
-    config = json.loads(json.dumps(encoder.encode(value)))
+    config = json.loads(json.dumps(encoder.encode(value), allow_nan=False))
     found = construct(config, encoder.known, "it")
     assert not encoder.known
     assert found == value
@@ -322,6 +322,8 @@ def test_configurations_of_anything_are_made_and_tell_settings_apart():
 
     if len(sys.argv) < 0:
         later = 1
+    mutual = [lambda: (a, b, c, d) for _ in range(4)]
+    a, b, c, d = mutual
     import optax
 
     class Strange:
@@ -329,6 +331,7 @@ def test_configurations_of_anything_are_made_and_tell_settings_apart():
 
     for value in (
         recursive,
+        a,
         empty,
         Strange(),
         jnp.ones(2),
@@ -592,6 +595,7 @@ def set_(*where, to):
         (set_("net", "fields", "layers", 1, to={"class": "jbackprop.Gain", "fields": {"features": 3}}), "which the network needs"),
         (set_("net", "fields", "layers", 0, "fields", "w_init", to={"name": "jax.numpy.tanh"}), "makes no network"),
         (set_("net", "fields", "layers", to={"list": [{"member": "X", "of": "jax.lax.Precision"}]}), "has no member X"),
+        (set_("net", "fields", "layers", to=[{"member": "X", "of": "jax.numpy.tanh"}]), "tanh.* has no member X"),
         (set_("net", "fields", "layers", to={"dtype": "nonsense"}), "no dtype"),
     ],
 )  # fmt: skip
@@ -645,6 +649,15 @@ def test_archives_that_jb_save_never_writes_are_refused(small):
     _, _, path = small
     whole = path.read_bytes()
     changed(path, compression=zipfile.ZIP_DEFLATED)
+    refused(path, "is compressed or encrypted")
+    bomb = bytearray(whole)
+    at = bomb.index(b"PK\1\2") + 20  # the sizes of config.json
+    bomb[at : at + 8] = 2 * (2**31).to_bytes(4, "little")
+    path.write_bytes(bomb)
+    refused(path, "2147483648 bytes, more than the whole file")
+    encrypted = bytearray(whole)
+    encrypted[encrypted.index(b"PK\1\2") + 8] |= 1
+    path.write_bytes(encrypted)
     refused(path, "is compressed or encrypted")
     for name in ("config.json", "layers[0].w.npy"):
         path.write_bytes(whole)

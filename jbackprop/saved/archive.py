@@ -112,7 +112,12 @@ class Archive:
             if names.count(info.filename) > 1:
                 raise FormatError(f"the entry {info.filename} is there twice; {_REMEDY}")
             plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & ~0x800
-            if not plain or not info.file_size == info.compress_size <= size:
+            if info.file_size > size:
+                raise FormatError(
+                    f"the entry {info.filename} says that it has {info.file_size} bytes, more than "
+                    f"the whole file; {_REMEDY}"
+                )
+            if not plain or info.file_size != info.compress_size:
                 raise FormatError(
                     f"the entry {info.filename} is compressed or encrypted, as jb.save writes "
                     f"none: {_REMEDY}"

@@ -120,7 +120,7 @@ def own_name(value: Any) -> str:
 
 def _held(value: Any, outer: tuple[int, ...] = ()) -> list[Json]:
     """The numbers, texts and functions that a function closes over or has as arguments."""
-    if id(value) in outer or len(outer) > 20 or id(value) in _NAMES:
+    if id(value) in outer or len(outer) > 12 or id(value) in _NAMES:
         return []
     outer = (*outer, id(value))
     parts: tuple[Any, ...] = ()
