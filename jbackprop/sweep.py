@@ -24,7 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 from jax import Array
 
-from jbackprop.checks import check_arrays, check_key, check_params
+from jbackprop.checks import check_arrays, check_key, check_leaves
 from jbackprop.factored import Factored, PyTree, is_factored, place_in
 
 BATCH_AXIS = "batch"
@@ -276,7 +276,7 @@ def forward(net: Node, params: PyTree, x: Any, key: Array | None = None) -> tupl
         return net.forward(params, x, key)
     if not isinstance(net, Layer):
         raise no_layer(net)
-    check_params(params)
+    check_leaves("params", params)
     keys = jax.random.split(key, n) if key is not None and net.draws else None
     return _layer_forward(net, params, x, keys)
 

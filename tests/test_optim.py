@@ -309,7 +309,7 @@ REFUSED = {
     "a word": (lambda e: jb.optim.hessian_free(NET, LOSS, "a"), "learning_rate must"),
     "found": (lambda e: jb.optim.kfac(NET, LOSS, e, momentum=0.3, **EXACT), "given learning"),
     "clip": (lambda e: jb.optim.kfac(NET, LOSS, e, norm_constraint=1.0, **EXACT), "given learning"),
-    "norm": (lambda e: jb.optim.kfac(NET, LOSS, e, 1.0, norm_constraint=0, **EXACT), "positive"),
+    "norm": (lambda e: jb.optim.kfac(NET, LOSS, e, 1.0, norm_constraint=0, **EXACT), "above 0"),
     "invert": (lambda e: jb.optim.kfac(NET, LOSS, e, 1.0, invert_every=0, **EXACT), "invert_every"),
     "iterations": (lambda e: jb.optim.hessian_free(NET, LOSS, iterations=0), "iterations must"),
     "warm": (lambda e: jb.optim.hessian_free(NET, LOSS, warm_start=2), "warm_start must"),

@@ -12,6 +12,7 @@ from jbackprop.checks import check_flags as check_flags
 from jbackprop.checks import check_functions as check_functions
 from jbackprop.checks import check_key as check_key
 from jbackprop.checks import check_numbers as check_numbers
+from jbackprop.checks import check_params as check_floating_params
 from jbackprop.checks import check_sizes as check_sizes
 from jbackprop.factored import PyTree
 from jbackprop.sweep import Layer
@@ -61,6 +62,7 @@ def check_no_params(layer: Layer, params: PyTree) -> None:
 
 def check_params(layer: Layer, params: PyTree, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise unless params are arrays of these shapes by name; () where there are none."""
+    check_floating_params(params)
     found, due = jax.tree.map(jnp.shape, params), shapes or ()
     if found != due:
         raise ValueError(

@@ -15,6 +15,7 @@ from jbackprop.factored import Outer, PyTree, Shift
 from jbackprop.layers.checks import (
     check_flags,
     check_floating,
+    check_floating_params,
     check_functions,
     check_key,
     check_sizes,
@@ -134,6 +135,7 @@ class Dense(Layer):
                 f"{self} needs {self.p} features on the last axis, but one example has the shape "
                 f"{x.shape}{hint}"
             )
+        check_floating_params(params)
         shapes = {"w": (self.p, self.q)} | ({"b": (self.q,)} if self.bias else {})
         found = (
             {name: jnp.shape(value) for name, value in params.items()}
