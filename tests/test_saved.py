@@ -206,6 +206,8 @@ def test_odd_parameters_come_back(tmp_path):
     assert found.net == net
     made = made | {"a scalar/../é\0": jnp.asarray(2.5), "big": np.arange(2.0)}
     assert same(found.params, made)
+    with zipfile.ZipFile(tmp_path / "a") as file:  # names that every system takes
+        assert all(name.isascii() and not {*"/\\"} & {*name} for name in file.namelist())
     assert jax.random.key_impl(found.params["key"]) == "rbg"
 
 
@@ -232,6 +234,23 @@ def test_parameters_are_found_by_path_in_all_composites():
         *_gain("layers[2].layer"),
     ]
     assert network._paths(jb.Dense(2, 2), shapes_of(jb.Dense(2, 2))) == ["net.b", "net.w"]
+
+
+def test_a_composite_with_parameters_of_its_own_comes_back(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Scaled(jb.Frozen):
+        def init(self, key):
+            return {"inner": self.layer.init(key), "own": jnp.ones(2)}
+
+        def split(self, tree):
+            return (tree["inner"],)
+
+    net = Scaled(jb.Dense(2, 2))
+    params = parameters(shapes_of(net))
+    jb.save(tmp_path / "a", net, params)
+    found = jb.load(tmp_path / "a", known=[Scaled])
+    assert found.net == net
+    assert same(found.params, params)
 
 
 def _gain(path):
