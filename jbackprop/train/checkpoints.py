@@ -316,11 +316,11 @@ def _fingerprints(arrays: dict[str, Array]) -> dict[str, Array]:
 
 
 def fingerprint(values: Array) -> Array:
-    """Two sums modulo 2^32 over the entries' bits, each times an odd number made of its place.
+    """Two sums modulo 2^32 over the entries' bits, each scrambled together with its place.
 
-    No change of a single 32-bit word leaves either as it was, for odd numbers have inverses modulo
-    2^32; other changes do so by chance only, 1 in 2^64. Being sums, they do not depend on how the
-    array is laid out over devices.
+    The scrambling is one to one, so that no change of a single 32-bit word leaves either as it was;
+    other changes do so by chance only, 1 in 2^64. Being sums, they do not depend on how the array
+    is laid out over devices.
     """
     if jnp.issubdtype(values.dtype, jnp.complexfloating):
         values = jnp.stack([values.real, values.imag])
@@ -335,7 +335,7 @@ def fingerprint(values: Array) -> Array:
         place = place * jnp.uint32(length % 2**32) + along
 
     def summed(seed: int) -> Array:
-        return jnp.sum(words * (_mixed(place + jnp.uint32(seed)) | jnp.uint32(1)), dtype=jnp.uint32)
+        return jnp.sum(_mixed(words ^ _mixed(place + jnp.uint32(seed))), dtype=jnp.uint32)
 
     return jnp.stack([summed(0x9E3779B9), summed(0x7F4A7C15)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from typing import Any
 
@@ -31,7 +32,7 @@ class Fitting:
     params: PyTree
     rule: Rule | State | None = None
 
-    @property
+    @functools.cached_property
     def dtype(self) -> Any:
         """What floating-point inputs are cast to: the dtype of the parameters."""
         leaves = jax.tree.leaves(self.params)
@@ -88,11 +89,12 @@ class Examples:
         if not self.mapped:
             return x, y
         where = f"{at.start} to {at.stop}" if isinstance(at, slice) else f"{list(at[:3])}, ..."
-        name = f"{self.name}, of the examples {where}"
-        x = self.needs.values(name, x, y)
-        if self.outputs is not None:
+        return self.needs.values(f"{self.name}, of the examples {where}", x, y), y
+
+    def check_targets(self, y: Any) -> None:
+        """Raise where targets that have only now been read do not fit."""
+        if self.mapped and self.outputs is not None:
             self.needs.loss.check((len(jax.tree.leaves(y)[0]), *self.outputs), y)
-        return x, y
 
 
 def check_data(name: str, needs: Fitting, data: Any) -> Examples:

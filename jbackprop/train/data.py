@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbackprop.train.checks import Examples, Fitting, check_data, lengths, pair
-from jbackprop.train.placement import Placement
+from jbackprop.train.placement import Part, Placement
 
 _T = TypeVar("_T")
 
@@ -71,7 +71,11 @@ class Resident(Feed):
         fill = -examples.n % place.shards  # only on a mesh, where the data are one batch
         at = filled(np.arange(examples.n), fill) if fill else slice(0, examples.n)
         arrays = (examples.x, examples.y)
-        self._x, self._y = place.rows(examples.n + fill, arrays, _reader(examples, at))
+        self._x, self._y = place.rows(
+            examples.n + fill,
+            arrays,
+            lambda part: examples.rows(slice(*part) if isinstance(at, slice) else at[slice(*part)]),
+        )
         self._weights = _weights(examples.n, fill, place)
 
     def batches(self, epoch: int, start: int = 0, state: Any = None) -> Iterator[Batch]:
@@ -96,9 +100,18 @@ class Streamed(Feed):
         self._examples, self._order, self._place, self._fills = examples, order, place, fills
 
     def batches(self, epoch: int, start: int = 0, state: Any = None) -> Iterator[Batch]:
-        return ahead(self._read(epoch, start))
+        shapes = self._examples.x, self._examples.y
+        with contextlib.closing(ahead(self._read(epoch, start))) as found:
+            for n, parts, weights, size in found:
+                for _, y in parts.values():
+                    self._examples.check_targets(y)
+                x, y = self._place.rows(n, shapes, parts.__getitem__)
+                if weights is not None:
+                    weights = self._place.rows(n, weights, _slicing(weights))
+                yield Batch(x, y, None, weights, size, None, _bytes((x, y)))
 
-    def _read(self, epoch: int, start: int) -> Iterator[Batch]:
+    def _read(self, epoch: int, start: int) -> Iterator[Any]:
+        """Of each batch its length, the parts that belong here, its weights, how many are there."""
         own = self._examples
         for indices, weights in itertools.islice(self._order(epoch), start, None):
             at = np.arange(own.n) if indices is None else indices
@@ -107,10 +120,8 @@ class Streamed(Feed):
                 weights = filled(np.ones(len(at), np.float32) if weights is None else weights, fill)
                 weights[len(at) :] = 0
                 at = filled(at, fill)
-            x, y = self._place.rows(len(at), (own.x, own.y), _reader(own, at))
-            if weights is not None:
-                weights = self._place.rows(len(at), weights, weights.__getitem__)
-            yield Batch(x, y, None, weights, size, None, _bytes((x, y)))
+            parts = {part: own.rows(at[slice(*part)]) for part in self._place.parts(len(at))}
+            yield len(at), parts, weights, size
 
 
 class Loaded(Feed):
@@ -123,6 +134,7 @@ class Loaded(Feed):
     def __init__(self, loader: Any, needs: Fitting, place: Placement, name: str = "data"):
         self._loader, self._needs, self._place, self._name = loader, needs, place, name
         self._outputs: tuple[int, ...] | None = None
+        _ = needs.dtype  # known before another thread asks: JAX's settings may be this thread's own
         if isinstance(loader, Iterator):
             raise TypeError(
                 f"{name} is an iterator, which is empty after one epoch: give what can be iterated "
@@ -130,9 +142,25 @@ class Loaded(Feed):
             )
 
     def batches(self, epoch: int, start: int = 0, state: Any = None) -> Iterator[Batch]:
-        return ahead(self._read(epoch, start, state))
+        number, needs = start, self._needs
+        with contextlib.closing(ahead(self._read(epoch, start, state))) as found:
+            for x, y, n, after in found:
+                number += 1
+                if self._outputs is None:
+                    self._outputs = needs.shapes(x, y)
+                else:
+                    needs.loss.check((n, *self._outputs), y)
+                x, y = self._place.own_rows((x, y))
+                size = n * (1 if self._place.mesh is None else jax.process_count())
+                yield Batch(x, y, None, None, size, after, _bytes((x, y)))
+        if number == 0:
+            raise ValueError(
+                f"{self._name}: there is no batch in epoch {epoch}. An iterator is empty after one "
+                "epoch: give what can be iterated anew, or a function from the epoch's number"
+            )
 
-    def _read(self, epoch: int, start: int, state: Any) -> Iterator[Batch]:
+    def _read(self, epoch: int, start: int, state: Any) -> Iterator[Any]:
+        """Of each batch x and y, how many examples there are, and the loader's state behind it."""
         loader = self._loader(epoch) if callable(self._loader) else self._loader
         if not isinstance(loader, Iterable):
             raise TypeError(
@@ -150,25 +178,11 @@ class Loaded(Feed):
                     f"{self._name}: epoch {epoch} was left behind batch {start}, but now it has "
                     f"{had} only: these are other data"
                 )
-        number = start
         for number, batch in enumerate(batches, start + 1):
             name = f"{self._name}, batch {number} of epoch {epoch}"
             x, y = pair(name, batch)
             n = lengths(name, x, y)
-            x = self._needs.values(name, x, y)
-            if self._outputs is None:
-                self._outputs = self._needs.shapes(x, y)
-            else:
-                self._needs.loss.check((n, *self._outputs), y)
-            x, y = self._place.own_rows((x, y))
-            size = n * (1 if self._place.mesh is None else jax.process_count())
-            after = batches.get_state() if keeps else None
-            yield Batch(x, y, None, None, size, after, _bytes((x, y)))
-        if number == 0:
-            raise ValueError(
-                f"{self._name}: there is no batch in epoch {epoch}. An iterator is empty after one "
-                "epoch: give what can be iterated anew, or a function from the epoch's number"
-            )
+            yield self._needs.values(name, x, y), y, n, batches.get_state() if keeps else None
 
 
 def examples_of(name: str, needs: Fitting, data: Any, place: Placement) -> Examples | Loaded:
@@ -193,8 +207,11 @@ def shuffled(n: int, size: int, key: Any) -> Order:
     return order
 
 
-def ahead(items: Iterator[_T], depth: int = 2) -> Iterator[_T]:
-    """The same, made up to `depth` ahead in a thread; what goes wrong there is raised here."""
+def ahead(items: Iterator[_T], depth: int = 2) -> Generator[_T, None, None]:
+    """The same, made up to `depth` ahead in a thread; what goes wrong there is raised here.
+
+    JAX's settings can be a thread's own: nothing that depends on them belongs in such a thread.
+    """
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
     left = threading.Event()
 
@@ -213,7 +230,7 @@ def ahead(items: Iterator[_T], depth: int = 2) -> Iterator[_T]:
         except BaseException as error:
             put((False, error))
 
-    def given() -> Iterator[_T]:
+    def given() -> Generator[_T, None, None]:
         thread = threading.Thread(target=work, name="jbackprop read-ahead", daemon=True)
         thread.start()
         try:
@@ -243,11 +260,6 @@ def with_last(batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
         yield before, True
 
 
-def _reader(examples: Examples, at: Any) -> Callable[[slice], Any]:
-    """Reads a part of the examples at these indices, or of all where they are a slice."""
-    return lambda part: examples.rows(part if isinstance(at, slice) else at[part])
-
-
 def filled(values: np.ndarray, fill: int) -> np.ndarray:
     """The values, and the first of them so many times more."""
     return np.concatenate([values, np.repeat(values[:1], fill)])
@@ -257,7 +269,11 @@ def _weights(n: int, fill: int, place: Placement) -> Any:
     if not fill:
         return None
     weights = (np.arange(n + fill) < n).astype(np.float32)
-    return place.rows(n + fill, weights, weights.__getitem__)
+    return place.rows(n + fill, weights, _slicing(weights))
+
+
+def _slicing(values: np.ndarray) -> Callable[[Part], np.ndarray]:
+    return lambda part: values[slice(*part)]
 
 
 def _count(indices: np.ndarray, weights: np.ndarray | None) -> int:

@@ -17,6 +17,9 @@ from jbackprop.factored import PyTree
 from jbackprop.sharding import Sharding, place, specs_like
 from jbackprop.sweep import Node
 
+Part = tuple[int, ...]
+"""Of a batch: the examples from the first of these two up to the second."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -106,24 +109,30 @@ class Placement:
             lambda v: jax.device_put(v, NamedSharding(given, v.sharding.spec)), tree
         )
 
-    def rows(self, n: int, shapes: Any, read: Callable[[slice], Any]) -> Any:
+    def parts(self, n: int) -> list[Part]:
+        """Which parts of a batch of n examples the devices of this process have."""
+        if self.mesh is None:
+            return [(0, n)]
+        found: Any = self._split(n).addressable_devices_indices_map((n,))
+        return sorted({index[0].indices(n)[:2] for index in found.values()})
+
+    def rows(self, n: int, shapes: Any, read: Callable[[Part], Any]) -> Any:
         """A batch of n examples, of which each device gets its own.
 
         Args:
             n: how many. They are split where that comes out even, else every device has all.
             shapes: a tree of anything with the shape (..., *rest) of what `read` gives.
-            read: gives the examples of a slice of the batch, as host arrays.
+            read: gives the examples of a part of the batch, as host arrays.
         """
         if self.mesh is None:
-            return jax.tree.map(jnp.asarray, read(slice(0, n)))
+            return jax.tree.map(jnp.asarray, read((0, n)))
         sharding = self._split(n)
-        once = functools.cache(lambda start, stop: jax.tree.leaves(read(slice(start, stop))))
+        once = functools.cache(lambda part: jax.tree.leaves(read(part)))
         leaves, structure = jax.tree.flatten(shapes)
 
         def make(i: int, shape: tuple[int, ...]) -> Any:
             def own(index: Any) -> np.ndarray:
-                start, stop, _ = index[0].indices(n)
-                return once(start, stop)[i][(slice(None), *index[1:])]
+                return once(index[0].indices(n)[:2])[i][(slice(None), *index[1:])]
 
             return jax.make_array_from_callback((n, *shape[1:]), sharding, own)
 
@@ -136,7 +145,7 @@ class Placement:
             return jax.tree.map(jnp.asarray, tree)
         n = len(jax.tree.leaves(tree)[0]) * jax.process_count()
         if jax.process_count() == 1 and n % self.shards:
-            return self.rows(n, tree, lambda at: jax.tree.map(lambda v: v[at], tree))
+            return self.rows(n, tree, lambda at: jax.tree.map(lambda v: v[slice(*at)], tree))
         if n % self.shards:
             raise ValueError(
                 f"the batches of {jax.process_count()} processes have {n} examples together, which "

@@ -8,9 +8,9 @@ All of them keep the same promises:
 - A run that goes on (`fit` begins at a later epoch than 1) continues the log. Rows from that epoch
   on are replaced, missing ones before it filled in, without their time.
 - Nothing is lost unasked. A log of another run (training is at epoch 1 again, and there is more
-  than that or else; other names, other values) raises FileExistsError at the first epoch. With `overwrite=True` it is replaced: that is
-  for scripts that are started again and again, and may have to begin anew. What is not a log is
-  never replaced, and refused before training.
+  than that epoch, or else; other names, other values) raises FileExistsError at the first epoch.
+  With `overwrite=True` it is replaced: that is for scripts that are started again and again, and
+  may have to begin anew. What is not a log is never replaced, and refused before training.
 - A log costs no training: what cannot be written at the first epoch raises OSError with the path;
   later there is a RuntimeWarning, and the next row that can be written brings the missing ones.
 - Only process 0 writes. Make loggers after `jax.distributed.initialize`.
