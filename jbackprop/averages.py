@@ -28,6 +28,7 @@ from jbackprop.factored import PyTree, wide_dtype
 from jbackprop.gradient import check_inputs, check_net
 from jbackprop.layers.batch_norm import BatchNorm
 from jbackprop.layers.gain import Affine
+from jbackprop.mesh import WHOLE, on_mesh
 from jbackprop.observe import Observed, Seen, seen
 from jbackprop.structure import rebuild, walk
 from jbackprop.sweep import Layer, Node, batch_size
@@ -89,6 +90,7 @@ def batch_averages(net: Node, params: PyTree, x: Any, key: Array | None = None) 
     return _batch_averages(net, params, x, key)
 
 
+@on_mesh(lambda *_: WHOLE)
 @functools.partial(jax.jit, static_argnums=0)
 def _batch_averages(net: Node, params: PyTree, x: Any, key: Array | None) -> State:
     def watch(layer: Layer, path: str) -> Node:

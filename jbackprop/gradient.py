@@ -21,7 +21,8 @@ from jax import Array
 from jbackprop.checks import check_arrays, check_key, check_params, real_array
 from jbackprop.factored import Coupled, Factored, PyTree, is_factored, weighted
 from jbackprop.losses import Loss
-from jbackprop.structure import by_copy, rebuild, walk
+from jbackprop.mesh import WHOLE, examples, on_mesh, stacked
+from jbackprop.structure import by_copy, rebuild, stack_axes, walk
 from jbackprop.sweep import Collect, Node, Trace, backward, batch_size, forward, no_layer, total
 
 
@@ -212,6 +213,17 @@ def check_batch(x: Any, y: Any) -> None:
         )
 
 
+def _split(net: Node, loss: Loss, params: PyTree, x: Any, *_: Any) -> Backprop:
+    """On a mesh of explicit axes: all that is kept as the examples are split."""
+    split, stacks = examples(x), stack_axes(net)
+
+    def kept(path: str, layer: Node, own: PyTree) -> tuple[Node, PyTree]:
+        return layer, Kept(stacked(split, stacks[path]), split) if jax.tree.leaves(own) else own
+
+    return Backprop(split, split, split, rebuild(net, params, kept)[1], net)
+
+
+@on_mesh(_split)
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _backprop(
     net: Node, loss: Loss, params: PyTree, x: Any, y: Any, transport: PyTree, key: Array | None
@@ -290,6 +302,11 @@ def gradient(bp: Backprop | PyTree, weights: Array | None = None) -> PyTree:
             f"{coupling_layer(bp.net)} couples the examples, so that weights cannot be put on "
             "their pairs; use value_and_grad(net, loss)(params, x, y, weights)"
         )
+    return _summed(factored, weights, n)
+
+
+@on_mesh(lambda *_: WHOLE)
+def _summed(factored: PyTree, weights: Array | None, n: int) -> PyTree:
     return jax.tree.map(
         lambda pair: _cast(pair.total(weights), pair, 1 if weights is not None else n),
         factored,
@@ -381,8 +398,10 @@ def _as_function(net: Node) -> Callable[..., Any]:
 
     function.defvjp(there, back)
 
+    split = on_mesh(lambda params, x, key=None: examples(x))(function)
+
     def checked(params: PyTree, x: Any, key: Array | None = None) -> Any:
         check_inputs(net, params, x, key)
-        return function(params, x, key)
+        return split(params, x, key)
 
     return checked

@@ -23,6 +23,7 @@ from jbackprop.gradient import (
     sweep,
 )
 from jbackprop.losses import Loss
+from jbackprop.mesh import WHOLE, examples, like, on_mesh
 from jbackprop.sweep import Collect, Node, backward, batch_size, forward, leafwise, total
 
 
@@ -83,6 +84,7 @@ def value_grad_outputs(
     return value, grads, found
 
 
+@on_mesh(lambda net, loss, params, x, *_: (WHOLE, like(params), examples(x)))
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _value_grad_outputs(
     net: Node,
@@ -118,6 +120,7 @@ def _value(losses: Array, weights: Array | None) -> Array:
     return jnp.mean(losses) if weights is None else jnp.sum(weighted(weights, losses))
 
 
+@on_mesh(lambda net, loss, params, *_: (WHOLE, like(params)))
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _fused_value_grad(
     net: Node,
@@ -172,6 +175,7 @@ def predict(net: Node, loss: Loss, params: PyTree, x: Any) -> Any:
     return _predict(net, loss, params, x)
 
 
+@on_mesh(lambda net, loss, params, x: examples(x))
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _predict(net: Node, loss: Loss, params: PyTree, x: Any) -> Any:
     return loss.predict(forward(net, params, x)[0])

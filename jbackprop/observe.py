@@ -18,6 +18,8 @@ from jax import Array
 
 from jbackprop.factored import Full, PyTree
 from jbackprop.gradient import check_inputs
+from jbackprop.mesh import examples, on_mesh, stacked
+from jbackprop.mesh import shapes as shapes_of
 from jbackprop.structure import by_copy, opened, rebuild, stack_axes
 from jbackprop.sweep import Layer, Node, Trace, as_told, forward
 
@@ -109,6 +111,12 @@ def activations(
     return by_copy(net, _activations(net, params, x, key))
 
 
+def seen_split(net: Node, params: PyTree, x: Any, *_: Any) -> dict[str, Any]:
+    """On a mesh of explicit axes: what is seen of every layer, as the examples are split."""
+    return {path: stacked(examples(x), axes) for path, axes in stack_axes(net).items()}
+
+
+@on_mesh(seen_split)
 @functools.partial(jax.jit, static_argnums=0)
 def _activations(net: Node, params: PyTree, x: Any, key: Array | None) -> dict[str, Any]:
     return seen(net, params, x, Observed, key)
@@ -144,7 +152,7 @@ def tapped(
     Behind copies that are scanned the taps are stacked as their parameters are. Not `all_layers`:
     behind those with weights.
     """
-    shapes = jax.eval_shape(functools.partial(_activations, net, key=None), params, x)
+    shapes = jax.eval_shape(functools.partial(_activations, net, key=None), *shapes_of((params, x)))
     stacks = stack_axes(net)
 
     def tap(path: str, layer: Layer, own: PyTree) -> tuple[Node, PyTree]:

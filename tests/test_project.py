@@ -11,7 +11,7 @@ import jbackprop as jb
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jbackprop"
 ORDER = [
-    ["factored", "checks"], ["sweep"], ["structure"], ["layers"], ["compose"], ["losses"], ["gradient"],
+    ["factored", "checks", "mesh"], ["sweep"], ["structure"], ["layers"], ["compose"], ["losses"], ["gradient"],
     ["objective", "observe", "sharding", "table"], ["averages", "capture", "per_example"], ["check"], ["curvature"], ["diagnose", "metrics", "optim", "summary"],
     ["credit"], ["saved"], ["train"], ["catalogue", "datasets", "bench"], ["demo"], ["cli"], ["__init__", "__main__"],
 ]  # fmt: skip
@@ -51,7 +51,7 @@ def test_quantities_and_the_checker_know_no_concrete_layer():
     for path in (PACKAGE / "factored").rglob("*.py"):
         assert set(imported(path)) <= {"factored"}, path
     for path in (PACKAGE / "capture").rglob("*.py"):
-        assert set(imported(path)) <= {"capture", "checks", "factored", "table"}, path
+        assert set(imported(path)) <= {"capture", "checks", "factored", "mesh", "table"}, path
     assert set(imported(PACKAGE / "sweep.py")) == {"checks", "factored"}
 
 

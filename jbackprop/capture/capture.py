@@ -13,6 +13,7 @@ from jbackprop.capture.program import traced
 from jbackprop.capture.sweep import run
 from jbackprop.checks import flag_of, function_of
 from jbackprop.factored import Factored, PyTree
+from jbackprop.mesh import WHOLE, examples, on_mesh
 
 
 class Capture:
@@ -69,6 +70,11 @@ class Capture:
         function_of(cost, "cost")
         flag_of(has_aux, "has_aux")
 
+        def split(params: PyTree, *batch: Any) -> Any:
+            own = examples(batch)
+            return own, own if collect is None else WHOLE
+
+        @on_mesh(split, compiled=False)
         def captured(params: PyTree, *batch: Any) -> Any:
             program = traced(cost, has_aux, params, batch)
             costs, aux, found = run(program, collect)

@@ -91,20 +91,28 @@ def after(x: Any, delta: Any) -> tuple[Any, Any]:
     Without the barrier the compiler would find that it has all that is to be done again already,
     and keep it. On the CPU it drops barriers before it schedules, and might then do the work again
     early: so x is made to depend on delta, in a way that is always true and never known to be.
-    Where several deltas are swept at once (under `jax.vmap`), on the first: the work is done once.
+    Every entry depends on that in its own place where there is one, or else on its own example's
+    first: where they are spread over devices, nothing is sent for it. Where several deltas are
+    swept at once (under `jax.vmap`), on the first of them: the work is done once.
     """
     x, delta = lax.optimization_barrier((x, delta))
-    first = [d for d in jax.tree.leaves(delta) if d.size]
-    if not first:
+    first = next((d for d in jax.tree.leaves(delta) if d.size), None)
+    if first is None:
         return x, delta
-    there = _always(lax.stop_gradient(first[0].reshape(-1)[0]))
-    return jax.tree.map(lambda v: jnp.where(there, v, jnp.zeros_like(v)), x), delta
+
+    def once_there(v: Array) -> Array:
+        at = first if first.shape == v.shape else first[:, *(0,) * (first.ndim - 1)]
+        there = _always(lax.stop_gradient(at))
+        there = there.reshape(there.shape + (1,) * (v.ndim - there.ndim))
+        return jnp.where(there, v, jnp.zeros_like(v))
+
+    return jax.tree.map(once_there, x), delta
 
 
 @jax.custom_batching.custom_vmap
-def _always(number: Array) -> Array:
-    """True, once the number is known."""
-    return (lax.bitcast_convert_type(number, f"int{8 * number.dtype.itemsize}") | 1) != 0
+def _always(numbers: Array) -> Array:
+    """True, once the numbers are known."""
+    return (lax.bitcast_convert_type(numbers, f"int{8 * numbers.dtype.itemsize}") | 1) != 0
 
 
 @_always.def_vmap

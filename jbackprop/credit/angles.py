@@ -21,6 +21,7 @@ from jbackprop.diagnose.flow import beside, places_of
 from jbackprop.diagnose.pictures import figure
 from jbackprop.factored import PyTree, wide_dtype
 from jbackprop.gradient import check_batch, deltas_of, sweep
+from jbackprop.mesh import WHOLE, on_mesh
 from jbackprop.structure import by_copy, copies, rebuild, stack_axes, walk
 from jbackprop.sweep import Layer, Node
 from jbackprop.table import render
@@ -103,6 +104,7 @@ def _in_order(state: State, values: Mapping[str, float]) -> dict[str, float]:
     return {path: values[path] for path in [*order, "all"] if path in values}
 
 
+@on_mesh(lambda *_: WHOLE)
 @jax.jit
 def _measured(
     state: State,

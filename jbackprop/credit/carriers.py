@@ -12,6 +12,7 @@ from jax import Array
 
 from jbackprop.checks import function_of
 from jbackprop.factored import PyTree
+from jbackprop.mesh import shapes
 from jbackprop.observe import Seen, Wrapper, seen
 from jbackprop.structure import rebuild, stack_axes, walk
 from jbackprop.sweep import Composite, Layer, Node, Trace
@@ -126,7 +127,7 @@ class _Fed(Wrapper):
 
 def inputs_of(net: Node, params: PyTree, x: Any) -> dict[str, Any]:
     """By path, the shapes of every layer's input, (B, ...); (copies, B, ...) in stacks."""
-    return jax.eval_shape(lambda params, x: seen(net, params, x, _Fed), params, x)
+    return jax.eval_shape(lambda params, x: seen(net, params, x, _Fed), *shapes((params, x)))
 
 
 def example_of(net: Node, params: PyTree, rule: str) -> Any:

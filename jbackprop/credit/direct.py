@@ -23,6 +23,7 @@ from jbackprop.factored import Nothing, PyTree
 from jbackprop.gradient import sweep_forward
 from jbackprop.losses import Loss
 from jbackprop.losses.canonical import Canonical
+from jbackprop.mesh import shapes as shapes_of
 from jbackprop.objective import weighting
 from jbackprop.observe import Wrapper
 from jbackprop.structure import opened, rebuild, stack_axes, walk
@@ -102,7 +103,9 @@ class DirectFeedbackAlignment(Rule):
         _check_opens(net, name)
         x = example_of(net, params, name) if x is None else x
         shapes = inputs_of(net, params, x)
-        error = jax.eval_shape(lambda params, x: forward(net, params, x)[0], params, x).shape[1:]
+        error = jax.eval_shape(
+            lambda params, x: forward(net, params, x)[0], *shapes_of((params, x))
+        ).shape[1:]
         axes = stack_axes(net)
         keys = iter(jax.random.split(key, sum(1 for _ in walk(net))))
 

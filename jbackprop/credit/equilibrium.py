@@ -36,6 +36,7 @@ from jbackprop.credit.rule import (
 from jbackprop.credit.settling import largest, norm, settle, share
 from jbackprop.factored import PyTree
 from jbackprop.losses import Loss
+from jbackprop.mesh import examples, like, on_mesh
 from jbackprop.sweep import Node, batch_size, forward
 
 LONG = 20_000
@@ -312,6 +313,7 @@ def _activities(net: Node, params: PyTree, x: Any) -> list[Array]:
     return found
 
 
+@on_mesh(lambda rule, state, params, x: examples(x))
 @functools.partial(jax.jit, static_argnums=0)
 def _free(rule: EquilibriumPropagation, state: State, params: PyTree, x: Any) -> list[Array]:
     params, x = widened((params, x))
@@ -319,6 +321,7 @@ def _free(rule: EquilibriumPropagation, state: State, params: PyTree, x: Any) ->
     return rule._settle(state, params, x, None, start, 0.0, rule.steps)[0]
 
 
+@on_mesh(lambda rule, state, params, *_: like(params))
 @functools.partial(jax.jit, static_argnums=0)
 def _truth(rule: EquilibriumPropagation, state: State, params: PyTree, x: Any, y: Any) -> PyTree:
     n, dtypes = batch_size(x), jax.tree.map(lambda w: w.dtype, params)

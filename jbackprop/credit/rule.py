@@ -25,6 +25,7 @@ from jbackprop.gradient import (
     deltas_of,
 )
 from jbackprop.losses import Loss
+from jbackprop.mesh import WHOLE, examples, like, on_mesh, shapes
 from jbackprop.objective import value_and_grad
 from jbackprop.structure import rebuild
 from jbackprop.sweep import Node, batch_size, forward, total
@@ -224,7 +225,7 @@ class Rule(abc.ABC):
 
     def check(self, net: Node, loss: Loss, params: PyTree, x: Any, y: Any) -> None:
         """Raise where examples or targets do not fit."""
-        loss.check(_shape_of_outputs.eval_shape(net, params, x).shape, y)
+        loss.check(_shape_of_outputs.eval_shape(net, *shapes((params, x))).shape, y)
 
     @abc.abstractmethod
     def sweep(
@@ -233,6 +234,13 @@ class Rule(abc.ABC):
         """`gradient`, of what has been checked; under `jax.jit`."""
 
 
+def _split(state: State, params: PyTree, x: Any, *_: Any) -> tuple[PyTree, Any]:
+    """On a mesh of explicit axes; what a rule has found besides is whole."""
+    split = examples(x)
+    return like(params), Info(WHOLE, split, split, WHOLE, WHOLE)
+
+
+@on_mesh(_split)
 @jax.jit
 def _gradient(
     state: State, params: PyTree, x: Any, y: Any, key: Array | None

@@ -27,6 +27,7 @@ from jax import Array, lax
 
 from jbackprop.curvature.products import check_vector
 from jbackprop.factored import Place, PyTree
+from jbackprop.mesh import like, on_mesh
 
 Function = Callable[[Array], Array]
 _B = TypeVar("_B")
@@ -226,14 +227,17 @@ class BlockDiagonal:
     tree: Any
     shapes: tuple[tuple[int, ...], ...]
 
+    @on_mesh(lambda self, vector: like(vector))
     def product(self, vector: PyTree) -> PyTree:
         """The matrix times a vector."""
         return self._of_each(lambda block, parts: block.product(parts), vector)
 
+    @on_mesh(lambda self, f, vector: like(vector), compiled=False)
     def apply(self, f: Function, vector: PyTree) -> PyTree:
         """f of the matrix, times a vector: f is given arrays of eigenvalues."""
         return self._of_each(lambda block, parts: block.apply(f, parts), vector)
 
+    @on_mesh(lambda self, vector, damping: like(vector))
     def solve(self, vector: PyTree, damping: Any) -> PyTree:
         """(matrix + damping I)^-1 times a vector, exactly; decomposes `Kronecker` blocks anew.
 

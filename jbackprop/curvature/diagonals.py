@@ -39,6 +39,7 @@ from jbackprop.factored import (
     wide_square,
 )
 from jbackprop.losses import Loss
+from jbackprop.mesh import examples, like, on_mesh
 from jbackprop.sweep import batch_size
 
 
@@ -117,6 +118,14 @@ def diag_fisher(
     return diag_ggn(net, loss, params, x, y, Empirical(), key=key, per_example=per_example)
 
 
+def _split_of_diagonal(
+    net: Model, loss: Loss, roots: Roots, per_example: bool, chunk: Any, params: PyTree, x: Any,
+    *_: Any,
+) -> PyTree:  # fmt: skip
+    return examples(x) if per_example else like(params)
+
+
+@on_mesh(_split_of_diagonal)
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _diagonal(
     net: Model,

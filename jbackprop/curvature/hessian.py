@@ -19,6 +19,7 @@ from jbackprop.curvature.sweeps import Model, check_model, check_number, two_key
 from jbackprop.factored import PyTree, is_factored, scan_examples, wide_dtype
 from jbackprop.gradient import refuse_coupling
 from jbackprop.losses import Loss
+from jbackprop.mesh import like, on_mesh
 from jbackprop.structure import trainable_mask
 from jbackprop.sweep import Composite, Node, backward, batch_size, forward, keep, total
 
@@ -85,6 +86,7 @@ def diag_hessian(
     return _exact(net, loss, chunk, params, x, y, key)
 
 
+@on_mesh(lambda net, loss, chunk, params, *_: like(params))
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _exact(
     net: Node, loss: Loss, chunk: int | None, params: PyTree, x: Any, y: Any, key: Array | None
@@ -337,6 +339,7 @@ def estimated(
     return _estimated(net, loss, samples, min(chunk or samples, samples), params, x, y, key)
 
 
+@on_mesh(lambda net, loss, samples, chunk, params, *_: like(params))
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _estimated(
     net: Model, loss: Loss, samples: int, chunk: int, params: PyTree, x: Any, y: Any, key: Array

@@ -40,6 +40,7 @@ from jbackprop.factored import (
     wide_dtype,
 )
 from jbackprop.losses import Loss
+from jbackprop.mesh import WHOLE, on_mesh
 from jbackprop.sweep import Node, batch_size
 
 
@@ -187,6 +188,7 @@ def _check(
         raise ValueError(f'sharing must be "expand" or "reduce", not {sharing!r}')
 
 
+@on_mesh(lambda *_: WHOLE)
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _kfac(
     net: Model,
@@ -252,7 +254,8 @@ def _factors(role: Role, pair: Any, sharing: Sharing, n: int, blocks: int) -> An
         deltas = pair.delta
         if isinstance(pair, Shift):  # exact: the sum over the positions comes first
             deltas = jnp.sum(deltas, axis=2, keepdims=True)
-        g = _gram(lax.all_gather(deltas, DELTAS).reshape(-1, *deltas.shape[1:]))
+        every = lax.all_gather(deltas, DELTAS, axis=1)  # (n, v, ...): examples stay where they are
+        g = _gram(every.reshape(-1, *deltas.shape[1:]))
         if isinstance(pair, Shift):
             return _Factors(None, g)
         ones = jnp.full((*pair.ids.shape, 1), share**2, dtype)
@@ -297,6 +300,7 @@ def _of_rows(v: Array) -> Array:
 _MANY, _LONG = 384, 192
 
 
+@on_mesh(lambda *_: WHOLE)
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _ekfac(
     net: Model,

@@ -15,6 +15,7 @@ from jbackprop.curvature.roots import Empirical, Exact, Roots
 from jbackprop.curvature.sweeps import Model, check_model, outputs_of, two_keys
 from jbackprop.factored import PyTree, einsum, weighted
 from jbackprop.losses import Canonical, Loss
+from jbackprop.mesh import WHOLE, like, on_mesh
 from jbackprop.objective import value_and_grad
 from jbackprop.structure import trainable_mask
 from jbackprop.sweep import Node, backward, batch_size, forward, total
@@ -126,6 +127,7 @@ def ggn_inner(
     return _inner(net, loss, params, x, y, vectors, key)
 
 
+@on_mesh(lambda *_: WHOLE)
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _inner(
     net: Model, loss: Loss, params: PyTree, x: Any, y: Any, vectors: PyTree, key: Array | None
@@ -190,6 +192,7 @@ def fisher_product(
     )
 
 
+@on_mesh(lambda which, net, loss, params, x, y, vector, key: like(vector))
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _product(
     which: str | Roots,

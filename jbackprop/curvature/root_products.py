@@ -23,6 +23,7 @@ from jbackprop.curvature.sweeps import (
 )
 from jbackprop.factored import Factored, PyTree, widest_dtype
 from jbackprop.losses import Loss
+from jbackprop.mesh import examples, like, on_mesh, stacked
 from jbackprop.sweep import batch_size
 
 
@@ -67,6 +68,7 @@ def ggn_block_product(
     return _block_product(net, loss, roots, chunk, params, x, y, vector, key)
 
 
+@on_mesh(lambda net, loss, roots, chunk, params, x, y, vector, key: like(vector))
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _block_product(
     net: Model,
@@ -128,6 +130,7 @@ def ggn_root(
     return _root(net, loss, roots, params, x, y, key)
 
 
+@on_mesh(lambda net, loss, roots, params, x, *_: stacked(examples(x), 1))
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _root(
     net: Model, loss: Loss, roots: Roots, params: PyTree, x: Any, y: Any, key: Array | None

@@ -26,6 +26,7 @@ from jax import Array
 
 from jbackprop.checks import check_sizes
 from jbackprop.losses import Loss
+from jbackprop.mesh import shapes
 
 Columns = Callable[[Array], Array]
 """From the numbers of some of the deltas (v,) to these deltas (v, B, ..., q)."""
@@ -61,7 +62,7 @@ class Exact(Roots):
     """
 
     def number(self, loss: Loss, z: Any, y: Any) -> int:
-        root = jax.eval_shape(loss.hessian_root, z, y)
+        root = jax.eval_shape(loss.hessian_root, *shapes((z, y)))
         if root.shape[1:] != z.shape:
             raise ValueError(
                 f"{loss}: hessian_root gives {root.shape}; it must give r columns like the outputs "

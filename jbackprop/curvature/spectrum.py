@@ -26,6 +26,7 @@ from jbackprop.curvature.sweeps import (
 )
 from jbackprop.factored import Nothing, PyTree, wide_dtype, widest_dtype
 from jbackprop.losses import Loss
+from jbackprop.mesh import WHOLE, on_mesh
 
 Matrix = Literal["ggn", "hessian"]
 _DENSE = 64  # sides of a matrix that is written out rather than asked
@@ -193,6 +194,7 @@ def spectral_density(
     return found if per_layer else found[_ALL]
 
 
+@on_mesh(lambda *_: WHOLE)
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _quadrature(
     block: _Block, steps: int, params: PyTree, x: Any, y: Any, draw: Array, keys: Array
@@ -308,6 +310,7 @@ class _Block:
             start += leaves[k].size
         return jax.tree.unflatten(tree, found)
 
+    @on_mesh(lambda *_: WHOLE)
     @functools.partial(jax.jit, static_argnums=0)
     def product(self, params: PyTree, x: Any, y: Any, key: Array | None, vector: Array) -> Array:
         """The block times a flat vector."""

@@ -21,12 +21,14 @@ from jbackprop.factored import (
     Patches,
     Place,
     PyTree,
+    devices_of,
     in_blocks,
     is_factored,
     scan_examples,
 )
 from jbackprop.gradient import check_call, refuse_coupling
 from jbackprop.losses import Loss
+from jbackprop.mesh import shapes
 from jbackprop.structure import walk
 from jbackprop.sweep import Node, Trace, backward, batch_size, forward, keep
 
@@ -86,7 +88,7 @@ def check_model(
         raise ValueError("random numbers are needed: give key=jax.random.key(...)")
     if batch_size(x) == 0:
         raise ValueError("the batch is empty: the curvature of its mean cost is not defined")
-    z = _outputs.eval_shape(net, params, x)
+    z = _outputs.eval_shape(net, *shapes((params, x)))
     if not (hasattr(z, "shape") and jnp.issubdtype(z.dtype, jnp.floating)):
         raise TypeError(f"net must give one floating-point array of outputs, not {z}")
     loss.check(z.shape, y)
@@ -181,7 +183,7 @@ def _over_deltas(
         def some(at: Array) -> PyTree:
             return _of_network(net, params, trace, _there(columns, at, number), ask, aux)
     else:
-        z = _outputs.eval_shape(net, params, x)
+        z = _outputs.eval_shape(net, *shapes((params, x)))
         program = traced(net, False, params, (x,), outputs=True)
 
         def some(at: Array) -> PyTree:
@@ -227,17 +229,18 @@ def portions_of(
         chunk: at most so many deltas, where one wants that.
         of_each: whether something of each example is asked.
     """
-    z = _outputs.eval_shape(net, params, x)
+    z = _outputs.eval_shape(net, *shapes((params, x)))
     number, n = roots.number(loss, z, y), batch_size(x)
     if number == 1:
         return Portions(n, 1, 1)
     each = max(1, _widest(net, params, x) // n)  # numbers of an example and a delta
-    examples = n
+    spread = devices_of(n)
+    examples = n // spread  # of one device, where they are spread
     if not (of_each or roots.draws or two_keys(net, key)[0] is not None):
-        examples = _dividing(n, max(FEW, AT_ONCE // (each * number)))
+        examples = _dividing(examples, max(FEW, AT_ONCE // (each * number)))
     deltas = max(1, min(chunk or number, AT_ONCE // (each * examples)))
     blocks = -(-number // deltas)
-    return Portions(examples, blocks, -(-number // blocks))
+    return Portions(spread * examples, blocks, -(-number // blocks))
 
 
 def _dividing(n: int, most: int) -> int:
@@ -331,7 +334,7 @@ def pairs_of(net: Model, params: PyTree, x: Any) -> list[Factored]:
         z, saved = forward(net, params, x)
         return backward(net, params, net.trace(x, z, saved), jnp.zeros_like(z), keep)[1]
 
-    return jax.tree.leaves(jax.eval_shape(swept, params, x), is_leaf=is_factored)
+    return jax.tree.leaves(jax.eval_shape(swept, *shapes((params, x))), is_leaf=is_factored)
 
 
 def _pairs_of_program(program: Program) -> list[Factored]:

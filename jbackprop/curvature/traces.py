@@ -26,6 +26,7 @@ from jbackprop.curvature.sweeps import (
 )
 from jbackprop.factored import Factored, PyTree
 from jbackprop.losses import Loss
+from jbackprop.mesh import WHOLE, on_mesh
 from jbackprop.sweep import batch_size
 
 
@@ -64,6 +65,7 @@ def trace_ggn(
     return _by_layer(net, params, x, found, per_layer)
 
 
+@on_mesh(lambda *_: WHOLE)
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _traces(
     net: Model,

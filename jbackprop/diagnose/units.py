@@ -14,8 +14,9 @@ from jbackprop.checks import number_of
 from jbackprop.factored import PyTree
 from jbackprop.gradient import check_inputs
 from jbackprop.layers import Elementwise, Identity
-from jbackprop.observe import Seen, seen
-from jbackprop.structure import by_copy, layers_by_copy
+from jbackprop.mesh import on_mesh
+from jbackprop.observe import Seen, seen, seen_split
+from jbackprop.structure import by_copy, layers_by_copy, walk
 from jbackprop.sweep import Layer, Node, Trace
 from jbackprop.table import render
 
@@ -83,15 +84,24 @@ def saturation(net: Node, params: PyTree, x: Any, threshold: float = 0.05) -> Sa
     return SaturationTable(found)
 
 
+def _split(net: Node, params: PyTree, x: Any) -> dict[str, Any]:
+    every = seen_split(net, params, x)
+    return {path: every[path] for path, layer, _ in walk(net) if _has_slope(layer)}
+
+
+@on_mesh(_split)
 @functools.partial(jax.jit, static_argnums=0)
 def _slopes(net: Node, params: PyTree, x: Any) -> dict[str, Array]:
     """f' of every unit: the rule's own product with a delta of ones."""
 
     def sloped(layer: Layer, path: str) -> Node:
-        ours = isinstance(layer, Elementwise) and not isinstance(layer, Identity)
-        return _Sloped(layer, path) if ours else layer
+        return _Sloped(layer, path) if _has_slope(layer) else layer
 
     return seen(net, params, x, sloped)
+
+
+def _has_slope(layer: Layer) -> bool:
+    return isinstance(layer, Elementwise) and not isinstance(layer, Identity)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from jbackprop.factored.base import Moments as Moments
 from jbackprop.factored.base import Place as Place
 from jbackprop.factored.base import PyTree as PyTree
 from jbackprop.factored.base import Step as Step
+from jbackprop.factored.base import devices_of as devices_of
 from jbackprop.factored.base import einsum as einsum
 from jbackprop.factored.base import in_blocks as in_blocks
 from jbackprop.factored.base import in_shares as in_shares

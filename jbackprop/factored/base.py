@@ -314,7 +314,7 @@ class Factored(abc.ABC):
 
 
 AT_ONCE = 1 << 20
-"""Numbers written out at once, about."""
+"""Numbers written out at once, about; on each device that examples are spread over."""
 
 
 def in_blocks(
@@ -339,8 +339,18 @@ def in_blocks(
 
 def block_size(n: int, entries: int) -> int:
     """How many of n examples are taken at once, if `entries` are written out for each."""
-    blocks = min(-(-n * max(entries, 1) // AT_ONCE), n)
-    return -(-n // max(blocks, 1))
+    spread = devices_of(n)
+    own = n // spread
+    blocks = min(-(-own * max(entries, 1) // AT_ONCE), own)
+    return spread * -(-own // max(blocks, 1))
+
+
+def devices_of(*sizes: int) -> int:
+    """How many devices so many examples may be spread over: a multiple of how many they are.
+
+    A program is not told where its arrays will lie, but JAX splits them evenly, or not at all.
+    """
+    return math.gcd(jax.device_count(), *sizes)
 
 
 class Moments(NamedTuple):
@@ -391,6 +401,9 @@ def scan_examples(
 ) -> tuple[PyTree, PyTree]:
     """f of `size` examples at a time, one block after the other; the last may be shorter.
 
+    Where there are several devices a block has examples from all over the batch, as many from each
+    part that may be a device's own: examples that are spread over them stay where they are.
+
     Args:
         f: from a block of `tree` to what belongs to each of its examples (size, ...), and what is
             of all of them together.
@@ -400,22 +413,38 @@ def scan_examples(
         join: makes one of what is of the blocks so far (zeros: of none) and of the next one. By
             default they are added up.
     """
-    whole = n // size
-    blocks = jax.tree.map(lambda v: v[: whole * size].reshape(whole, size, *v.shape[1:]), tree)
+    spread = devices_of(n, size)
+    own, some = n // spread, size // spread  # of one part
+    whole, rest = divmod(own, some)
     join = join or functools.partial(jax.tree.map, jnp.add)
+
+    def parts(v: Array) -> Array:
+        return v.reshape(spread, own, *v.shape[1:])
+
+    def block(v: Array) -> Array:  # (parts, blocks, ...) to (blocks, ...)
+        v = jnp.moveaxis(v[:, : whole * some].reshape(spread, whole, some, *v.shape[2:]), 1, 0)
+        return v.reshape(whole, size, *v.shape[3:])
+
+    def parted(v: Array) -> Array:  # and back
+        v = jnp.moveaxis(v.reshape(whole, spread, some, *v.shape[2:]), 1, 0)
+        return v.reshape(spread, whole * some, *v.shape[3:])
 
     def step(so_far: PyTree, block: PyTree) -> tuple[PyTree, PyTree]:
         each, new = f(block)
         return join(so_far, new), each
 
-    shapes = jax.eval_shape(f, jax.tree.map(lambda v: v[:size], tree))[1]
+    tree = jax.tree.map(parts, tree)
+    first = jax.tree.map(lambda v: v[:, :some].reshape(size, *v.shape[2:]), tree)
+    shapes = jax.eval_shape(f, first)[1]
     nothing = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
-    together, each = lax.scan(step, nothing, blocks)
-    each = jax.tree.map(lambda v: v.reshape(whole * size, *v.shape[2:]), each)
-    if n % size:
-        together, rest = step(together, jax.tree.map(lambda v: v[whole * size :], tree))
-        each = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), each, rest)
-    return each, together
+    together, each = lax.scan(step, nothing, jax.tree.map(block, tree))
+    each = jax.tree.map(parted, each)
+    if rest:
+        last = jax.tree.map(lambda v: v[:, whole * some :].reshape(-1, *v.shape[2:]), tree)
+        together, left = step(together, last)
+        left = jax.tree.map(lambda v: v.reshape(spread, rest, *v.shape[1:]), left)
+        each = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), each, left)
+    return jax.tree.map(lambda v: v.reshape(n, *v.shape[2:]), each), together
 
 
 def weighted_square(g: Array, weights: Array | None) -> Array:

@@ -138,11 +138,11 @@ class SoftmaxCrossEntropy(Canonical):
         if y.labels is None:
             error = mass * self.mean(z) - y.t
         else:
-            # p - one-hot by a scatter: a fused comparison is 10 % of a small network's step slower
+            # p - one-hot by a scatter: a fused comparison is 10 % of a small network's step slower.
+            # Row by row under `vmap`: rows that are spread over devices stay where they are.
             rows = self.mean(z).reshape(-1, z.shape[-1])
-            at = rows.at[jnp.arange(len(rows)), y.labels.reshape(-1)]
-            less = at.add(-1, mode="drop", unique_indices=True, indices_are_sorted=True)
-            error = mass * less.reshape(z.shape)
+            less = jax.vmap(lambda p, y: p.at[y].add(-1, mode="drop", unique_indices=True))
+            error = mass * less(rows, y.labels.reshape(-1)).reshape(z.shape)
         if self.ignore_index is None and self.class_weights is None:
             return error
         return jnp.where(mass == 0, 0, error)  # nothing is expected there, not even finite z

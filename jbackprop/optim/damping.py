@@ -14,6 +14,7 @@ from jax import Array, lax
 
 from jbackprop.checks import check_numbers, check_sizes
 from jbackprop.factored import PyTree, wide_dtype, widest_dtype
+from jbackprop.mesh import WHOLE, on_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,7 @@ def next_damping(
     return lax.cond(steps % rule.every == rule.every - 1, look, lambda: damping)
 
 
+@on_mesh(lambda *_: WHOLE)
 def inner(one: PyTree, other: PyTree) -> Array:
     """The inner product of two trees, in float32 at least."""
     left, right = jax.tree.leaves(one), jax.tree.leaves(other)

@@ -16,6 +16,7 @@ from jbackprop.curvature.sweeps import Model, check_model, check_number
 from jbackprop.factored import PyTree
 from jbackprop.gradient import check_loss, check_net
 from jbackprop.losses import Loss
+from jbackprop.mesh import like, on_mesh
 from jbackprop.optim.damping import (
     Damping,
     LevenbergMarquardt,
@@ -91,6 +92,20 @@ def hessian_free(
         step = jax.tree.map(jnp.zeros_like, params)
         return HessianFreeState(jnp.zeros((), jnp.int32), initial(damping), step)
 
+    @on_mesh(lambda grads, *_: like(grads), compiled=False)
+    def solve(
+        grads: PyTree, state: HessianFreeState, params: PyTree, x: Any, y: Any, key: Any
+    ) -> PyTree:
+        product = ggn_of(net, loss, params, x, y, key)
+
+        def shifted(v: PyTree) -> PyTree:
+            return jax.tree.map(lambda h, v: h + state.damping.astype(v.dtype) * v, product(v), v)
+
+        start = jax.tree.map(lambda v: jnp.asarray(warm_start, v.dtype) * v, state.step)
+        down = jax.tree.map(jnp.negative, grads)
+        cg = jax.scipy.sparse.linalg.cg
+        return cg(shifted, down, start, tol=tolerance, maxiter=iterations)[0]
+
     def update(
         grads: PyTree,
         state: HessianFreeState,
@@ -109,15 +124,7 @@ def hessian_free(
             )
         x, y = batch
         check_model(net, loss, params, x, y)
-        product = ggn_of(net, loss, params, x, y, batch_key)
-
-        def shifted(v: PyTree) -> PyTree:
-            return jax.tree.map(lambda h, v: h + state.damping.astype(v.dtype) * v, product(v), v)
-
-        start = jax.tree.map(lambda v: jnp.asarray(warm_start, v.dtype) * v, state.step)
-        down = jax.tree.map(jnp.negative, grads)
-        cg = jax.scipy.sparse.linalg.cg
-        solved, _ = cg(shifted, down, start, tol=tolerance, maxiter=iterations)
+        solved = solve(grads, state, params, x, y, batch_key)
         rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
         step = jax.tree.map(lambda v: jnp.asarray(rate, v.dtype) * v, solved)
 

@@ -14,6 +14,7 @@ from jax import Array
 from jbackprop.checks import flag_of, real_array
 from jbackprop.factored import Method, PyTree, is_factored, wide_dtype
 from jbackprop.gradient import Backprop
+from jbackprop.mesh import on_mesh
 from jbackprop.per_example.source import (
     Collecting,
     Deferred,
@@ -26,6 +27,7 @@ from jbackprop.per_example.source import (
     like_params,
     opened,
     promoted_sum,
+    split_of,
 )
 
 _METHODS = get_args(Method)
@@ -124,6 +126,7 @@ def norms(
     return _norms(bp, weights, per_layer, method, microbatch, n)
 
 
+@on_mesh(lambda bp, *_: split_of(bp))
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _norms(
     bp: Pairs, weights: Array | None, per_layer: bool, method: Method, size: int | None, n: int
@@ -158,6 +161,7 @@ def gradients(bp: Pairs, *, microbatch: int | None = None) -> PyTree:
     return _gradients(bp, microbatch, n)
 
 
+@on_mesh(lambda bp, *_: split_of(bp))
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _gradients(bp: Pairs, size: int | None, n: int) -> PyTree:
     def question(source: Source, _: Any) -> tuple[Any, Any]:
@@ -276,6 +280,7 @@ def _pairs(bp: Pairs | Source) -> PyTree:
     return source.pairs
 
 
+@on_mesh(lambda bp, *_: split_of(bp))
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _gram(bp: Pairs, other: Pairs | None, method: Method, size: int | None, n: int) -> Array:
     """With itself if `other` is None."""
@@ -292,6 +297,7 @@ def _gram(bp: Pairs, other: Pairs | None, method: Method, size: int | None, n: i
     return in_parts(bp, n, size, question)[0]
 
 
+@on_mesh(lambda bp, *_: split_of(bp))
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _gram_deferred(bp: Deferred | Collecting, method: Method, n: int) -> Array:
     found = opened(bp).ask(lambda pair: pair.gram(pair, method).reshape(-1))
@@ -344,6 +350,7 @@ def project(
     return _project(bp, vectors, weights, many, microbatch, n)
 
 
+@on_mesh(lambda bp, *_: split_of(bp))
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _project(
     bp: Pairs, vectors: PyTree, weights: Array | None, many: bool, size: int | None, n: int

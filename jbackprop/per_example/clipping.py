@@ -14,6 +14,7 @@ from jax import Array
 
 from jbackprop.checks import check_key, number_of
 from jbackprop.factored import Method, PyTree
+from jbackprop.mesh import WHOLE, on_mesh
 from jbackprop.per_example.answers import check_question, root, summed, times
 from jbackprop.per_example.source import (
     Deferred,
@@ -23,6 +24,8 @@ from jbackprop.per_example.source import (
     in_parts,
     like_params,
     opened,
+    params_split,
+    split_of,
 )
 from jbackprop.structure import trainable_mask
 
@@ -93,6 +96,7 @@ def weighted_gradient(bp: Pairs, weights: Array, *, microbatch: int | None = Non
     return _weighted(bp, checked, microbatch, n)
 
 
+@on_mesh(lambda bp, *_: params_split(bp))
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _weighted(bp: Pairs, weights: Array, size: int | None, n: int) -> PyTree:
     def question(source: Source, weights: Array) -> tuple[Any, Any]:
@@ -241,6 +245,12 @@ class Bounded(NamedTuple):
     outputs: Any
 
 
+def _split_of_sums(bp: Pairs, *_: Any) -> tuple[PyTree, Any]:
+    split = split_of(bp)
+    return params_split(bp), Bounded(split, WHOLE, split, split)
+
+
+@on_mesh(_split_of_sums)
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def clipped_sums(
     bp: Pairs,

@@ -12,8 +12,9 @@ from jax import Array
 
 from jbackprop.checks import flag_of, size_of
 from jbackprop.factored import Moments, PyTree, in_shares, widest_dtype
+from jbackprop.mesh import WHOLE, on_mesh
 from jbackprop.per_example.answers import check_question, root, summed, times
-from jbackprop.per_example.source import Pairs, Source, in_parts
+from jbackprop.per_example.source import Pairs, Source, in_parts, params_split, split_of
 
 
 class NoiseScale(NamedTuple):
@@ -62,6 +63,7 @@ def mean(bp: Pairs, *, weights: Array | None = None, microbatch: int | None = No
     return _mean(bp, weights, microbatch, n)
 
 
+@on_mesh(lambda bp, *_: params_split(bp))
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _mean(bp: Pairs, weights: Array | None, size: int | None, n: int) -> PyTree:
     def question(source: Source, weights: Array | None) -> tuple[Any, Any]:
@@ -85,6 +87,7 @@ def second_moment(
     return _second_moment(bp, weights, microbatch, n)
 
 
+@on_mesh(lambda bp, *_: params_split(bp))
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _second_moment(bp: Pairs, weights: Array | None, size: int | None, n: int) -> PyTree:
     def question(source: Source, weights: Array | None) -> tuple[Any, Any]:
@@ -147,6 +150,7 @@ def _moments(bp: Pairs, ddof: int, weights: Array | None, microbatch: int | None
     return _jitted_moments(bp, weights, ddof, microbatch, n)
 
 
+@on_mesh(lambda bp, *_: Moments(WHOLE, params_split(bp), params_split(bp)))
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _jitted_moments(
     bp: Pairs, weights: Array | None, ddof: int, size: int | None, n: int
@@ -216,6 +220,7 @@ def noise_scale(
     return _noise_scale(bp, weights, per_layer, microbatch, n)
 
 
+@on_mesh(lambda *_: WHOLE)
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _noise_scale(
     bp: Pairs, weights: Array | None, per_layer: bool, size: int | None, n: int
@@ -272,6 +277,7 @@ def cosine_to_mean(
     return _cosine(bp, weights, microbatch, n)
 
 
+@on_mesh(lambda bp, *_: split_of(bp))
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _cosine(bp: Pairs, weights: Array | None, size: int | None, n: int) -> Array:
     middle = _mean(bp, weights, size, n)

@@ -26,6 +26,7 @@ from jbackprop.factored import (
 )
 from jbackprop.gradient import Ahead, Backprop, check_call, refuse_coupling, sweep_forward
 from jbackprop.losses import Loss
+from jbackprop.mesh import WHOLE, examples, like, shapes
 from jbackprop.structure import by_copy, rebuild, stack_axes, trainable_mask
 from jbackprop.sweep import Node, backward, batch_size
 
@@ -75,7 +76,8 @@ def deferred(
     check_call(net, loss, params, x, y, key)
     refuse_coupling(net, "the gradient of one of them")
     outputs = jax.eval_shape(
-        lambda params, x, y: sweep_forward(net, loss, params, x, y).outputs, params, x, y
+        lambda params, x, y: sweep_forward(net, loss, params, x, y).outputs,
+        *shapes((params, x, y)),
     )
     loss.check(outputs.shape, y)
     return Deferred(params, x, y, key, net, loss)
@@ -295,6 +297,20 @@ def opened(bp: Pairs) -> Source:
         return Asked(bp)
     pairs = jax.tree.leaves(bp, is_leaf=is_factored)
     return Kept(bp, pairs[0].size, None)
+
+
+def split_of(bp: Pairs) -> Any:
+    """On a mesh of explicit axes: how its examples are split."""
+    if isinstance(bp, Backprop):
+        return examples(bp.losses)
+    if isinstance(bp, Deferred):
+        return examples((bp.x, bp.y))
+    return examples(bp.batch if isinstance(bp, Collecting) else bp)
+
+
+def params_split(bp: Pairs) -> PyTree:
+    """The same: how its parameters are, where these are known; pairs do not know."""
+    return like(bp.params) if isinstance(bp, Deferred | Collecting) else WHOLE
 
 
 def like_params(bp: Pairs) -> PyTree:
