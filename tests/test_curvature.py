@@ -567,7 +567,7 @@ def test_what_a_block_diagonal_matrix_answers(problem):
     assert relative(found, 0.75 * first + 0.25 * second) < 1e-14
     with pytest.raises(ValueError, match="eigenvectors have no average"):
         cv.update_average(factors.decomposed(), other.decomposed(), 0.75)
-    with pytest.raises(ValueError, match="structure"):
+    with pytest.raises(ValueError, match="must be a tree like params"):
         factors.solve({"w": 1}, 0.1)
 
 
@@ -854,7 +854,7 @@ BAD = {
     "no basis": (lambda p: cv.ekfac(*p, cv.Exact(), basis=42), TypeError, "basis must be"),
     "no key": (lambda p: cv.kfac(*p), ValueError, "key=jax.random.key"),
     "vector": (lambda p: cv.ggn_product(*p, jax.tree.map(lambda v: v[:1], p[2])), ValueError, "shapes"),
-    "structure": (lambda p: cv.hessian_product(*p, p[2][0]), ValueError, "structure"),
+    "structure": (lambda p: cv.hessian_product(*p, p[2][0]), ValueError, "must be a tree like params"),
     "chunk": (lambda p: cv.diag_ggn(*p, chunk=0), ValueError, "chunk must be"),
     "samples": (lambda p: cv.MonteCarlo(0), ValueError, "samples must be an int of at least 1"),
     "no number": (lambda p: cv.MonteCarlo(1.5), ValueError, "samples must be an int"),
@@ -867,7 +867,7 @@ BAD = {
     "basis": (
         lambda p: cv.ekfac(jb.Dense(4, 3), LOSS, {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}, *p[3:],
                            cv.Exact(), basis=cv.kfac(*p, cv.Exact())), ValueError, "other parameters"),
-    "damping": (lambda p: cv.ggn_operator(*p, damping=-1.0), ValueError, "negative"),
+    "damping": (lambda p: cv.ggn_operator(*p, damping=-1.0), ValueError, "damping must be a finite number of at least 0"),
 }  # fmt: skip
 
 

@@ -116,14 +116,14 @@ def parameter(path: str, leaf: Any) -> Array:
             "what is no array out of params, and close cost over it (Equinox: eqx.partition(model, "
             "eqx.is_inexact_array); Flax: nnx.split(model, nnx.Param, ...))"
         )
-    check_leaves(path, np.asarray(leaf) if isinstance(leaf, float) else leaf)
-    array = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(float)
+    if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"{path} has the dtype {array.dtype}: parameters must be real floating-point "
+            f"{path} has the dtype {dtype}: parameters must be real floating-point "
             "numbers. Keep counters, keys and the like out of params, and close cost over them, or "
             "give them with the batch"
         )
+    array = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
     return array  # type: ignore[return-value]
 
 

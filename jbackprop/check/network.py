@@ -96,7 +96,6 @@ def network(
     check_call(net, loss, params, x, y, key)
     if batch_size(x) == 0:
         raise ValueError("the batch is empty: there is nothing to compare")
-    loss.check(jax.eval_shape(lambda p, x: forward(net, p, x)[0], params, x).shape, y)
     if net.couples_examples:
         raise ValueError(
             f"{coupling_layer(net)} couples the examples: the delta of one example's own cost is "
@@ -107,6 +106,8 @@ def network(
     moving = [leaf for leaf in jax.tree.leaves(params) or jax.tree.leaves(x) if is_float(leaf)]
     dtype = jnp.dtype(dtype or jnp.result_type(*moving))
     point = cast((params, x, y), dtype)
+    with as_given(dtype):
+        loss.check(jax.eval_shape(lambda p, x: forward(net, p, x)[0], *point[:2]).shape, y)
     return _Check(net, loss, point, key, dtype, truth, tolerance, directions, seed).report()
 
 
