@@ -114,7 +114,7 @@ def update_averages(state: State | None, new: State, momentum: float | Array = 0
         ValueError: averages of another network; a momentum that is no share.
     """
     if not isinstance(momentum, jax.core.Tracer):
-        number_of(momentum, "momentum, the share of the old averages,", least=0, most=1)
+        number_of(momentum, "momentum", least=0, most=1)
     for name, value in (("state", state), ("new", new)):
         if not (isinstance(value, Mapping) or (value is None and name == "state")):
             raise TypeError(f"{name} must be what batch_averages gives, not {type(value).__name__}")
