@@ -58,7 +58,7 @@ def on_mesh(out: Callable[..., PyTree], compiled: bool = True) -> Callable[[_F],
 
 
 EXPLICIT = jax.__version_info__ >= (0, 7, 0)
-"""Whether this JAX has explicit axes in the form that is needed here."""
+"""Whether this JAX has `jax.sharding.auto_axes`. Before it, meshes need automatic axes."""
 _DATA = (jax.Array, np.ndarray, np.generic, float)
 """What is an argument of the compiled program; all else is a part of it."""
 
