@@ -41,6 +41,7 @@ def configuration_of(
         "network": configuration(task.net),
         "loss": configuration(task.loss),
         "rule": configuration(task.rule),
+        "optimizer": configuration(task.optimizer),
         "metrics": list(task.names),
         "nonfinite": task.nonfinite,
         "private": None if private is None else repr(private),

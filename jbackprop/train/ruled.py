@@ -59,9 +59,8 @@ class RuledRun(Run):
         state = self._place.state(self.params, lambda: rule.init(key, net, self.params, x))
         return super()._begin(), state
 
-    @property
-    def _fills(self) -> bool:
-        return False  # a rule knows no weights
+    def _asks_for_batch(self) -> bool:
+        return True  # a rule knows no weights
 
     def states(self) -> tuple[PyTree, State]:
         return self.opt_state

@@ -164,7 +164,12 @@ class Run:
 
     def _feed_of(self, data: Examples) -> Feed:
         """On a mesh a batch is put together on the host, as its examples come from everywhere."""
-        order = self._order(data.n)
+        order, shards = self._order(data.n), self._place.shards
+        if self._size % shards and self._size != data.n and not self._fills:
+            raise ValueError(
+                f"batch_size is {self._size}, which {shards} shards do not share evenly, and this "
+                f"network, rule or optimizer sees a batch as a whole: take a multiple of {shards}"
+            )
         if not data.mapped and (self._place.mesh is None or self._whole(data.n)):
             return Resident(data, order, self._place)
         return Streamed(data, order, self._place, fills=self._fills)
@@ -173,10 +178,23 @@ class Run:
         """Whether every batch is the whole data as it is, and can be filled up."""
         return self._size == n and (self._fills or n % self._place.shards == 0)
 
-    @property
+    @functools.cached_property
     def _fills(self) -> bool:
-        """Whether examples of weight 0 change nothing."""
-        return not self._task.net.couples_examples
+        """Whether examples of weight 0 change nothing: not where an optimizer asks for the batch."""
+        return not self._task.net.couples_examples and not self._asks_for_batch()
+
+    def _asks_for_batch(self) -> bool:
+        def update(params: PyTree, state: PyTree) -> Any:
+            return optax.with_extra_args_support(self._task.optimizer).update(
+                params, state, params, value=jnp.zeros(()), grad=params,
+                value_fn=lambda params, **_: jnp.zeros(()),
+            )  # fmt: skip
+
+        try:
+            jax.eval_shape(update, self.params, self.opt_state)
+        except TypeError:
+            return True
+        return False
 
     def epoch(
         self, number: int, history: Any, each: Callable[[], Any] = lambda: None
