@@ -5,6 +5,8 @@ Specs are asked of the sizes of a mesh; what meshes of eight devices compute is 
 
 import dataclasses
 import re
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -181,3 +183,17 @@ def test_parameters_are_placed_where_the_specs_say():
     jax.tree.map(np.testing.assert_array_equal, placed, params)
     x, y = jb.sharding.put((np.ones((4, 8)), np.ones(4)), P("data"), mesh)
     assert x.sharding.spec == y.sharding.spec == P("data")
+
+
+@pytest.mark.newest
+def test_the_table_of_scaling_is_what_the_formulas_give():
+    root = Path(__file__).parent.parent
+    space = runpy.run_path(str(root / "benchmarks" / "scaling.py"))
+    assert space["table"]() in (root / "docs" / "scaling.md").read_text()
+    net, machine = space["Net"](1000, 2, 5, 7), space["Machine"](flops=100.0, near=10.0, far=1.0)
+    step = space["data_parallel"](net, machine, 2, 3)
+    assert (step.sent, step.sending) == (4000, 400)  # 2 * 1/2 * 4 * 1000, near
+    assert step.computing == 4 * (2000 + 4 * 2 * 7 * 5) * 3 / 100
+    both = space["fsdp"](net, machine, 16, 3, tensor=8)
+    assert both.sent == 3 / 2 * 4 * 1000 / 8 + 5 * 2 * 2 * 7 / 8 * 8 * 3 * 5 * 2
+    assert both.held == 16 * 1000 / 16 + 2 * 24 * 5 * 2

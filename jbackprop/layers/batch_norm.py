@@ -34,7 +34,8 @@ class BatchNorm(Normalization):
         dC/dg_o   = sum_n sum_t h_nto delta_nto           dC/db_o = sum_n sum_t delta_nto
 
     The rule is written for one example all the same: the sums over the others are `lax.pmean` over
-    the batch axis, which `sweep.BATCH_AXIS` names.
+    the batch axis, which `sweep.BATCH_AXIS` names. Where the examples are spread over devices each
+    of these means is a collective: no other rule of this library has one.
 
     It couples the examples: questions about one example's gradient have no answer, and are refused;
     an example of weight 0 still takes part in m and v. This is the layer to train with. To predict,
