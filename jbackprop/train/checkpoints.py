@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jbackprop.factored import PyTree
+from jbackprop.saved.configuration import difference
 from jbackprop.train.checks import check_whole
 
 _FORMAT = 1
@@ -238,10 +239,11 @@ class Store:
 
     def _check_configuration(self, theirs: Mapping[str, Any]) -> None:
         for name, mine in self._configuration.items():
-            if theirs.get(name) != mine:
+            found = difference(theirs.get(name), mine, ("there", "here"), name)
+            if found is not None:
                 raise CheckpointError(
-                    f"the run in {self.folder} was begun with {name} = {_short(theirs.get(name))}, "
-                    f"not {_short(mine)}: go on with the same, or begin anew in another folder"
+                    f"{self.folder} has another run: {found}. Go on with the same, or begin anew in "
+                    "another folder"
                 )
 
     def _check_arrays(self, theirs: Mapping[str, Any], wanted: Mapping[str, Array]) -> None:
@@ -349,7 +351,7 @@ def _mixed(v: Array) -> Array:
 
 def _signed(record: dict[str, Any]) -> dict[str, Any]:
     """The record as one text, with its digest."""
-    text = json.dumps(record, sort_keys=True)
+    text = json.dumps(record)
     return {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
@@ -359,11 +361,6 @@ def _opened(signed: Mapping[str, Any]) -> dict[str, Any]:
     if hashlib.sha256(text.encode()).hexdigest() != signed["sha256"]:
         raise OSError("its record is not as it was saved")
     return json.loads(text)
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 200 else text[:200] + " ..."
 
 
 def _said(found: Any) -> str:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbackprop import mesh
 from jbackprop.credit import Rule, State
 from jbackprop.factored import PyTree
 from jbackprop.losses import Loss
@@ -55,9 +56,10 @@ class Fitting:
             self.rule.check(self.net, self.loss, self.params, x, y)
             return None
         if self.rule is not None:
-            outputs = jax.eval_shape(self.rule.rule.outputs, self.rule, self.params, x)
+            outputs = jax.eval_shape(self.rule.rule.outputs, self.rule, mesh.shapes(self.params), x)
         else:
-            outputs = jax.eval_shape(lambda p, x: forward(self.net, p, x)[0], self.params, x)
+            params = mesh.shapes(self.params)
+            outputs = jax.eval_shape(lambda p, x: forward(self.net, p, x)[0], params, x)
         self.loss.check(outputs.shape, y)
         return tuple(outputs.shape[1:])
 

@@ -155,7 +155,7 @@ def fit(
         resume: go on from the last good checkpoint, if there is one, with all the same arguments
             (`epochs` may be more, `mesh` and `sharding` others). On the same devices that gives
             the bits of a run that was never stopped, on others the same to rounding. False: a
-            folder that holds a run is refused. The optimizer's settings are not compared.
+            folder that holds a run is refused.
         nonfinite: what to do about a loss or an update that is not finite. "raise": a
             `NonFiniteError`. "skip": leave that step out. "rollback": back to where all was well
             last, at most 200 steps before, and on with the batches behind (Chowdhery et al., PaLM:

@@ -52,7 +52,7 @@ def configuration_of(
     if isinstance(data, Examples):
         found["batch_size"] = size
         found["data"] = [
-            [list(leaf.shape), str(leaf.dtype)] + ([] if data.mapped else [_crc(leaf)])
+            f"{leaf.dtype} {leaf.shape}" + ("" if data.mapped else f", CRC {_crc(leaf):08x}")
             for leaf in jax.tree.leaves((data.x, data.y))
         ]
     return found
