@@ -10,9 +10,10 @@ mesh, XLA splits the computation as they are split, and puts the collectives in:
     tensor parallel     a layer's weights are split, and its outputs with them
 
 A `Sharding` says which, for a network; `place` puts parameters where it says. Numbers are the same
-with any, up to rounding. `docs/scaling.md` has what each sends. The mesh may have automatic axes or, from JAX 0.7.0 on, explicit ones. With explicit ones a gradient
-lies where its parameter does. With automatic ones the compiler decides, unless the `jax.jit` around
-says it (`out_shardings`), as with every JAX program: so that gradients of FSDP are never whole.
+with any, up to rounding. `docs/scaling.md` has what each sends. The mesh may have automatic axes
+or, from JAX 0.7.0 on, explicit ones. With explicit ones a gradient lies where its parameter does.
+With automatic ones the compiler decides, as with every JAX program, unless the `jax.jit` around
+says it (`out_shardings`): say it, so that gradients of FSDP are never whole. `fit` does.
 """
 
 from __future__ import annotations

@@ -306,3 +306,19 @@ def test_bench_prints_ratios():
     assert row["time"] > 0
     assert row["memory"] <= 1
     assert "time ratio" in run("bench", "--only", "784-128-10 tanh", "--seconds", 0.2).stdout
+
+
+def test_train_goes_on_and_logs(tmp_path, capsys, as_jax_comes):
+    common = ["train", "iris", "--quiet", "--json", "--checkpoints", str(tmp_path / "run")]
+    common += ["--log", str(tmp_path / "log.csv")]
+    assert cli.main([*common, "--epochs", "2"]) == 0
+    capsys.readouterr()
+    assert cli.main([*common, "--epochs", "4"]) == 0
+    gone_on = json.loads(capsys.readouterr().out)["history"]
+    assert cli.main(["train", "iris", "--quiet", "--json", "--epochs", "4"]) == 0
+    assert gone_on == json.loads(capsys.readouterr().out)["history"]
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 5
+    assert cli.main([*common, "--epochs", "4", "--hidden", "8"]) == 1
+    assert "has another run: network" in capsys.readouterr().err
+    assert cli.main(["train", "iris", "--quiet", "--log", "log.txt"]) == 1
+    assert "the name must end in .csv or .jsonl" in capsys.readouterr().err

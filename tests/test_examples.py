@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +41,7 @@ TESTED = {
     "mislabelled_equinox",
     "flax_gpt",
     "laplace_digits",
+    "many_processes",
 }
 
 
@@ -320,3 +324,15 @@ def test_laplace_digits(
     assert found["Kronecker"]["auc"] > found["none"]["auc"] + 0.1
     assert found["Kronecker"]["confidence, turned"] < found["none"]["confidence, turned"] - 0.2
     assert "Kronecker" in capsys.readouterr().out
+
+
+def test_many_processes(tmp_path):
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "many_processes.py", "--folder", tmp_path, "--epochs", "2"],
+        capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    right = float(re.findall(r"epoch 2: test loss .*, (.*)% right", done.stdout)[0])
+    assert right > 80
+    assert "2 processes, 2 devices, from the beginning; of the first weights (64, 128) each device has (64, 64)" in done.stdout  # fmt: skip

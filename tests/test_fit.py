@@ -4,7 +4,6 @@ import io
 import os
 import pickle
 import signal
-import sys
 import threading
 import time
 

@@ -25,7 +25,7 @@ from jbackprop.saved import save
 from jbackprop.summary import summary
 from jbackprop.sweep import Node
 from jbackprop.table import render
-from jbackprop.train import EarlyStopping, evaluate, fit
+from jbackprop.train import CSVLogger, EarlyStopping, JSONLinesLogger, evaluate, fit
 
 ACTIVATIONS: dict[str, Callable[[], Node]] = {
     cls.__name__.lower(): cls
@@ -143,6 +143,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     train.add_argument("--save", type=Path, metavar="FILE.npz", help="where to save the network")
+    train.add_argument(
+        "--checkpoints", type=Path, metavar="FOLDER", help="where to keep the run every epoch; if "
+        "there is one, go on with it. SIGTERM then ends with the exit status 75",
+    )  # fmt: skip
+    train.add_argument(
+        "--log", type=Path, metavar="FILE", help="log every epoch, as .csv or .jsonl"
+    )
+    train.add_argument(
+        "--nonfinite", choices=("raise", "skip", "rollback"), default="raise",
+        help="what to do about a step that is not finite; default: raise",
+    )  # fmt: skip
     train.add_argument("--quiet", action="store_true", help="no progress")
     train.set_defaults(run=_train)
 
@@ -272,6 +283,10 @@ def _train(args: argparse.Namespace) -> int:
         validation=validation,
         metrics=measures,
         early_stopping=EarlyStopping(args.patience) if args.patience else None,
+        callbacks=[_logger(args.log, args.checkpoints)] if args.log else [],
+        checkpoints=args.checkpoints,
+        resume=args.checkpoints is not None,
+        nonfinite=args.nonfinite,
         progress=False if args.quiet else None,
     )
     seconds = time.perf_counter() - start
@@ -297,6 +312,14 @@ def _train(args: argparse.Namespace) -> int:
                "best_epoch": learnt.best_epoch, "seconds": seconds, "history": learnt.history}
         )  # fmt: skip
     return 0
+
+
+def _logger(path: Path, checkpoints: Path | None) -> Callable[[Any], None]:
+    """By the ending of its name; with checkpoints the same command begins anew, or goes on."""
+    kinds: dict[str, Any] = {".csv": CSVLogger, ".jsonl": JSONLinesLogger}
+    if path.suffix not in kinds:
+        raise ValueError(f"--log {path}: the name must end in {' or '.join(kinds)}")
+    return kinds[path.suffix](path, overwrite=checkpoints is not None)
 
 
 def _targets(data: datasets.Dataset, loss: losses.Loss) -> tuple[np.ndarray, int]:

@@ -242,8 +242,8 @@ class Store:
             found = difference(theirs.get(name), mine, ("there", "here"), name)
             if found is not None:
                 raise CheckpointError(
-                    f"{self.folder} has another run: {found}. Go on with the same, or begin anew in "
-                    "another folder"
+                    f"{self.folder} has another run: {found}. Go on with the same, or begin anew "
+                    "in another folder"
                 )
 
     def _check_arrays(self, theirs: Mapping[str, Any], wanted: Mapping[str, Array]) -> None:

@@ -180,7 +180,7 @@ class Run:
 
     @functools.cached_property
     def _fills(self) -> bool:
-        """Whether examples of weight 0 change nothing: not where an optimizer asks for the batch."""
+        """Whether examples of weight 0 change nothing; they do where an optimizer is given them."""
         return not self._task.net.couples_examples and not self._asks_for_batch()
 
     def _asks_for_batch(self) -> bool:
