@@ -118,7 +118,11 @@ def main(folder, kills):
         assert found == expected, f"run {run} differs:\n{found}\n{expected}"
         finished += 1
         run += 1
-    print(json.dumps({"kills": done, "resumed": resumed, "finished": finished, "mid_write": mid_write}))
+    print(
+        json.dumps(
+            {"kills": done, "resumed": resumed, "finished": finished, "mid_write": mid_write}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -342,7 +342,10 @@ def test_what_is_refused():
         ({"block": 0}, "block must be an int of at least 1"),
         ({"block": True}, "block must be an int"),
         ({"vocab_block": 2.5}, "vocab_block must be an int"),
-        ({"label_smoothing": 2}, "label_smoothing must be a finite number of at least 0 and at most 1"),
+        (
+            {"label_smoothing": 2},
+            "label_smoothing must be a finite number of at least 0 and at most 1",
+        ),
     ):
         with pytest.raises(ValueError, match=what):
             Fused(**options)

@@ -318,7 +318,10 @@ def test_targets_that_do_not_fit(case):
     ("make", "message"),
     [
         (lambda: jb.SoftmaxCrossEntropy(label_smoothing=1.5), "at least 0 and at most 1"),
-        (lambda: jb.SoftmaxCrossEntropy(class_weights=(1.0, -2.0)), r"class_weights\[1\] must be a finite number of at least 0"),
+        (
+            lambda: jb.SoftmaxCrossEntropy(class_weights=(1.0, -2.0)),
+            r"class_weights\[1\] must be a finite number of at least 0",
+        ),
         (lambda: jb.Huber(0.0), "above 0"),
     ],
 )
