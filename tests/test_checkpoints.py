@@ -227,7 +227,7 @@ def test_the_last_and_the_best_are_kept(tmp_path):
 def test_more_epochs_go_on_where_fewer_ended(tmp_path):
     fit(checkpoints=tmp_path)
     assert_same(fit(checkpoints=tmp_path, resume=True, epochs=5), fit(epochs=5))
-    with pytest.raises(jb.CheckpointError, match="has 5 epochs behind it: epochs=3 is less"):
+    with pytest.raises(jb.CheckpointError, match="is in its epoch 5: epochs=3 is less"):
         fit(checkpoints=tmp_path, resume=True)
 
 
@@ -238,6 +238,38 @@ def test_a_run_that_stopped_early_stays_stopped(tmp_path):
     first = fit(checkpoints=tmp_path, **options)
     assert first.stopped == "early"
     assert_same(fit(checkpoints=tmp_path, resume=True, **options), first)
+
+
+def test_fewer_epochs_than_are_under_way_are_refused(tmp_path):
+    kept = jb.Checkpoints(tmp_path, every=3)
+    with pytest.raises(StopError):
+        fit(data=loader(Stopping(14)), checkpoints=kept)
+    with pytest.raises(jb.CheckpointError, match="is in its epoch 2: epochs=1 is less"):
+        fit(data=loader(), checkpoints=kept, resume=True, epochs=1)
+
+
+def test_a_private_run_gives_away_what_it_gave_before_it_was_stopped(tmp_path):
+    """And with epsilon= the noise is that of all epochs: more of them would need more."""
+    private = {"private": jb.Private(1.0, noise_multiplier=2.0)}
+    never = fit(epochs=2, **private).privacy
+    fit(epochs=1, checkpoints=tmp_path / "a", **private)
+    resumed = fit(epochs=2, checkpoints=tmp_path / "a", resume=True, **private).privacy
+    again = fit(epochs=2, checkpoints=tmp_path / "a", resume=True, **private).privacy
+    assert never == resumed == again
+    private = {"private": jb.Private(1.0, epsilon=3.0)}
+    fit(epochs=1, checkpoints=tmp_path / "b", **private)
+    with pytest.raises(jb.CheckpointError, match="another run: noise_multiplier is"):
+        fit(epochs=2, checkpoints=tmp_path / "b", resume=True, **private)
+
+
+def test_an_optimizer_that_counts_in_python(tmp_path):
+    def update(grads, state, params=None, **extra):
+        return jax.tree.map(lambda g: -0.1 * g, grads), {"n": state["n"] + 1}
+
+    optimizer = optax.GradientTransformationExtraArgs(lambda params: {"n": 0}, update)
+    never = fit(optimizer=optimizer)
+    fit(optimizer=optimizer, checkpoints=tmp_path, epochs=2)
+    assert_same(fit(optimizer=optimizer, checkpoints=tmp_path, resume=True), never)
 
 
 def test_a_new_folder_with_resume_begins_anew(tmp_path):
@@ -252,7 +284,8 @@ REFUSED = {
     "another network": (lambda kept: fit(net=jb.mlp([4, 8, 8, 3]), checkpoints=kept, resume=True), jb.CheckpointError, r"another run: network.layers\[2\].q is 3 there, 8 here"),
     "another loss": (lambda kept: fit(loss=jb.SoftmaxCrossEntropy(label_smoothing=0.1), checkpoints=kept, resume=True), jb.CheckpointError, "another run: loss.label_smoothing is "),
     "other data": (lambda kept: fit(data=(X + 1e-9, Y), checkpoints=kept, resume=True), jb.CheckpointError, r"data\[0\] is 'float64 \(75, 4\), CRC .* there"),
-    "other metrics": (lambda kept: fit(metrics={"a": jb.metrics.accuracy}, checkpoints=kept, resume=True), jb.CheckpointError, "another run: metrics "),
+    "other metrics": (lambda kept: fit(metrics={"a": jb.metrics.accuracy}, checkpoints=kept, resume=True), jb.CheckpointError, "another run: the history has 1 items there, 2 here"),
+    "validation where there was none": (lambda kept: fit(validation=(X, Y), checkpoints=kept, resume=True), jb.CheckpointError, "another run: the history"),
     "a rule": (lambda kept: fit(rule=jb.credit.FeedbackAlignment(), checkpoints=kept, resume=True), jb.CheckpointError, "another run: rule is "),
     "another policy": (lambda kept: fit(nonfinite="skip", checkpoints=kept, resume=True), jb.CheckpointError, "another run: nonfinite is 'raise' there"),
     "another optimizer": (lambda kept: fit(optimizer=optax.sgd(0.1), checkpoints=kept, resume=True), jb.CheckpointError, "another run: optimizer.init"),

@@ -119,6 +119,22 @@ def test_a_list_of_batches_is_a_loader():
     assert parts["loss"] == pytest.approx(found.history["validation_loss"][-1], rel=1e-12)
 
 
+def test_a_loader_may_fill_the_same_arrays_anew():
+    def reusing(epoch):
+        x, y = np.empty((10, 4)), np.empty(10, int)
+        for start in range(0, 70, 10):
+            at = order(epoch)[start : start + 10]
+            x[:], y[:] = X[at], Y[at]
+            yield x, y
+
+    fresh = lambda epoch: [batch for batch in in_batches(epoch) if len(batch[0]) == 10]  # noqa: E731
+    assert_same(fit(reusing), fit(fresh))
+
+
+def test_two_batches_in_a_list_are_no_pair():
+    assert_same(fit([(X, Y), (X[:75], Y[:75])]), fit(lambda epoch: [(X, Y)] * 2))
+
+
 def test_a_loader_of_grain():
     import grain
 

@@ -143,6 +143,25 @@ def resumed(found):
     found["resumed elsewhere"] = difference(one, back)
 
 
+def within(found):
+    """Inside a mesh of explicit axes that the user has set, and with the results outside."""
+    normed = jb.Sequential(jb.Dense(16, 8), jb.BatchNorm(8), jb.Tanh(), jb.Dense(8, 8))
+    options = {"net": normed, "batch_size": 28, "optimizer": optax.sgd(0.1)}
+    mesh, seen = jax.make_mesh((4, 2), ("data", "model")), []
+    one = fit(**options)
+    with jax.set_mesh(mesh):
+        many = fit(
+            mesh=mesh, callbacks=[lambda epoch: seen.append(epoch.params[0]["w"])], **options
+        )
+        folded = jb.fold_batch_norm(normed, many.params, many.averages)
+    assert all(w.sharding.mesh == mesh for w in seen), "callbacks see the mesh that was given"
+    found["within a mesh"] = difference(one, many)
+    net, params = jb.fold_batch_norm(normed, one.params, one.averages)
+    a = jb.evaluate(net, LOSS, params, (X, Y))["loss"]
+    b = jb.evaluate(folded[0], LOSS, folded[1], (X, Y), mesh=mesh)["loss"]
+    found["folded"] = abs(a - b) / a
+
+
 def evaluated(found):
     params, mesh = NET.init(jax.random.key(0)), jax.make_mesh((2, 4), ("data", "model"))
     one = jb.evaluate(NET, LOSS, params, (X, Y))["loss"]
@@ -153,7 +172,7 @@ def evaluated(found):
 
 if __name__ == "__main__":
     found = {}
-    for part in (plain, others, loaders, resumed, evaluated):
+    for part in (plain, others, loaders, resumed, within, evaluated):
         if len(sys.argv) < 2 or part.__name__ in sys.argv[1:]:
             part(found)
     print(json.dumps(found))

@@ -8,13 +8,15 @@ fingerprints, which are those of the arrays on the devices; the one before it is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,21 @@ class Checkpoints:
             raise TypeError(f"Checkpoints: folder must be a path, not {self.folder!r}")
 
 
+class _DamagedError(Exception):
+    """What is there is not what was written."""
+
+
+@contextlib.contextmanager
+def _what_orbax_makes_of_rubbish() -> Iterator[None]:
+    try:
+        yield
+    except _DamagedError:
+        raise
+    except Exception as error:  # of any kind, from any depth
+        said = str(error).splitlines()
+        raise _DamagedError(said[0] if said else repr(error)) from error
+
+
 class Store:
     """The folder of a run's checkpoints.
 
@@ -100,12 +117,13 @@ class Store:
 
     def _open(self) -> Any:
         policies = self._orbax.checkpoint_managers.preservation_policy
+        monitor = self.options.monitor or "loss"
         sign = 1.0 if self.options.higher_is_better else -1.0
         kept = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(operator.index(self.options.keep)),
                 policies.BestN(
-                    get_metric_fn=lambda found: sign * found["value"], n=1,
+                    get_metric_fn=lambda found: sign * found.get(monitor, -sign * math.inf), n=1,
                     keep_checkpoints_without_metrics=False,
                 ),
             ]
@@ -136,7 +154,7 @@ class Store:
         """
         if step in self._manager.all_steps():
             return
-        arrays = flat(trees)
+        arrays, monitor = flat(trees), self.options.monitor or "loss"
         signed = _signed(
             {
                 "format": _FORMAT, "step": step, "configuration": self._configuration,
@@ -151,7 +169,7 @@ class Store:
                     arrays=ocp.args.PyTreeSave(arrays or {"none": jnp.zeros(1)}),
                     record=ocp.args.JsonSave(signed),
                 ),
-                metrics=None if value is None or value != value else {"value": value},
+                metrics=None if value is None or math.isnan(value) else {monitor: value},
                 force=True,
             )
         except Exception as error:
@@ -193,10 +211,8 @@ class Store:
         for step in reversed(self.steps):
             try:
                 found = self._read(step, templates)
-            except CheckpointError:
-                raise
-            except Exception as error:  # whatever Orbax makes of rubbish
-                damaged[step] = str(error).splitlines()[0] if str(error) else repr(error)
+            except _DamagedError as error:
+                damaged[step] = str(error)
                 continue
             for bad, why in damaged.items():
                 self._put_aside(bad, why, step)
@@ -214,8 +230,8 @@ class Store:
 
     def _read(self, step: int, templates: Callable[[Mapping[str, Any]], Any]) -> Any:
         ocp = self._orbax
-        args = ocp.args.Composite(record=ocp.args.JsonRestore())
-        signed = _opened(self._manager.restore(step, args=args)["record"])
+        with _what_orbax_makes_of_rubbish():
+            signed = _opened(self._orbax_reads(step, record=ocp.args.JsonRestore()))
         if signed["format"] > _FORMAT:
             raise CheckpointError(
                 f"the checkpoint of step {step} in {self.folder} has the format "
@@ -231,11 +247,16 @@ class Store:
             restore = ocp.args.PyTreeRestore(
                 shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes)
             )
-            arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=restore))["arrays"]
+            with _what_orbax_makes_of_rubbish():
+                arrays = self._orbax_reads(step, arrays=restore)
         for path, found in described(arrays).items():
             if found != signed["arrays"][path]:
-                raise OSError(f"the values of {path} are not those that were saved")
+                raise _DamagedError(f"the values of {path} are not those that were saved")
         return unflat(trees, arrays), signed["record"]
+
+    def _orbax_reads(self, step: int, **item: Any) -> Any:
+        (name,) = item
+        return self._manager.restore(step, args=self._orbax.args.Composite(**item))[name]
 
     def _check_configuration(self, theirs: Mapping[str, Any]) -> None:
         for name, mine in self._configuration.items():
@@ -305,9 +326,13 @@ def _shape(leaf: Array) -> jax.ShapeDtypeStruct:
 
 def described(arrays: Mapping[str, Array]) -> dict[str, list[Any]]:
     """By path: shape, dtype and fingerprint."""
-    prints = jax.device_get(_fingerprints(dict(arrays)))
+    prints: dict[str, Array] = {}
+    for devices in {frozenset(leaf.sharding.device_set) for leaf in arrays.values()}:
+        here = {p: leaf for p, leaf in arrays.items() if leaf.sharding.device_set == devices}
+        prints |= _fingerprints(here)
+    found = jax.device_get(prints)
     return {
-        path: [list(leaf.shape), str(leaf.dtype), [int(v) for v in prints[path]]]
+        path: [list(leaf.shape), str(leaf.dtype), [int(v) for v in found[path]]]
         for path, leaf in arrays.items()
     }
 
@@ -359,7 +384,7 @@ def _opened(signed: Mapping[str, Any]) -> dict[str, Any]:
     """The record, if its text is what it was."""
     text = signed["text"]
     if hashlib.sha256(text.encode()).hexdigest() != signed["sha256"]:
-        raise OSError("its record is not as it was saved")
+        raise _DamagedError("its record is not as it was saved")
     return json.loads(text)
 
 

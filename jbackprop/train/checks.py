@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -148,6 +149,33 @@ def check_batch_size(batch_size: int | None, n: int) -> int:
             "None takes them all at once"
         )
     return operator.index(batch_size)
+
+
+_TAKEN = {
+    "loss": "in the history that is the loss",
+    "skipped": "in the history that is how many steps had no effect",
+    "epoch": "in a log that is another column",
+    "time": "in a log that is another column",
+}
+
+
+def check_metrics(metrics: Any) -> tuple[tuple[str, Any], ...]:
+    """Metrics as pairs; raise unless they are functions by name, of names that are free."""
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(
+            "metrics must be functions by name, such as {'accuracy': jb.metrics.accuracy}, not "
+            f"{type(metrics).__name__}"
+        )
+    pairs = tuple((metrics or {}).items())
+    for name, metric in pairs:
+        if not callable(metric):
+            raise TypeError(f"metric {name!r} must be a function of outputs and targets: {metric}")
+        why = _TAKEN.get(name)
+        if isinstance(name, str) and name.startswith("validation_"):
+            why = "in the history that is one of the validation data"
+        if why or not isinstance(name, str):
+            raise ValueError(f"a metric cannot be called {name!r}: {why or 'take a text'}")
+    return pairs
 
 
 def check_whole(name: str, value: Any, otherwise: str = "") -> None:

@@ -180,14 +180,15 @@ class Loaded(Feed):
                 )
         for number, batch in enumerate(batches, start + 1):
             name = f"{self._name}, batch {number} of epoch {epoch}"
-            x, y = pair(name, batch)
+            x, y = jax.tree.map(np.array, pair(name, batch))  # it may fill the same arrays anew
             n = lengths(name, x, y)
             yield self._needs.values(name, x, y), y, n, batches.get_state() if keeps else None
 
 
 def examples_of(name: str, needs: Fitting, data: Any, place: Placement) -> Examples | Loaded:
     """Data as they were given: a pair of arrays, or a loader of batches."""
-    is_pair = isinstance(data, tuple) or (isinstance(data, list) and len(data) == 2)
+    two = isinstance(data, list) and len(data) == 2
+    is_pair = isinstance(data, tuple) or (two and not all(isinstance(v, tuple) for v in data))
     if not is_pair and (callable(data) or isinstance(data, Iterable)):
         return Loaded(data, needs, place, name)
     return check_data(name, needs, data)

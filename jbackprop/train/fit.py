@@ -13,14 +13,15 @@ from jax.sharding import Mesh
 
 from jbackprop.averages import State as Averages
 from jbackprop.averages import check_folds
+from jbackprop.checks import check_key, flag_of, function_of
 from jbackprop.credit import Rule, State
 from jbackprop.factored import PyTree
 from jbackprop.losses import Loss
 from jbackprop.sharding import Sharding
 from jbackprop.sweep import Node
 from jbackprop.train.accounting import Privacy
-from jbackprop.train.checkpoints import CheckpointError, Checkpoints, Store
-from jbackprop.train.checks import Fitting, check_batch_size, check_whole
+from jbackprop.train.checkpoints import Checkpoints, Store
+from jbackprop.train.checks import Fitting, check_batch_size, check_metrics, check_whole
 from jbackprop.train.data import Loaded, examples_of
 from jbackprop.train.evaluation import Metric, evaluated
 from jbackprop.train.kept import Kept, configuration_of, monitoring
@@ -185,114 +186,91 @@ def fit(
     own devices; the order depends on the key alone. A loader gives each process its own part of
     every batch, to all equally many of equal sizes.
     """
-    if rule is not None and not isinstance(rule, Rule):
-        raise TypeError(f"rule must be a rule of jbackprop.credit, not {rule!r}")
+    options = {"rule": rule, "early_stopping": early_stopping, "private": private}
+    for option, kind in zip(options, (Rule, EarlyStopping, Private), strict=True):
+        if not isinstance(options[option], kind | None):
+            raise TypeError(
+                f"{option} must be a jbackprop {kind.__name__}, not {options[option]!r}"
+            )
+    check_key(key)
+    check_whole("epochs", epochs)
+    resume = flag_of(resume, "resume")
+    progress = None if progress is None else flag_of(progress, "progress")
+    hooks = tuple(function_of(hook, "each of callbacks") for hook in callbacks)
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(f"optimizer must be one of Optax's, such as optax.adam(1e-3): {optimizer}")
     if nonfinite not in get_args(NonFinite):
         raise ValueError(f'nonfinite must be "raise", "skip" or "rollback", not {nonfinite!r}')
     if resume and checkpoints is None:
         raise ValueError("resume=True goes on from a checkpoint: say where, checkpoints=folder")
+    if rule is not None and private is not None:
+        raise ValueError(
+            "private training clips the gradients of backpropagation: give private or rule"
+        )
     if mesh is None and jax.process_count() > 1:
         raise ValueError(
             f"there are {jax.process_count()} processes: give mesh=, one of all their devices, "
             'such as jax.make_mesh((jax.device_count(),), ("data",))'
         )
+    needs = Fitting(net, loss, params, rule)
     place = Placement(net, params, mesh, sharding)
-    given = examples_of("data", Fitting(net, loss, params, rule), data, place)
-    held_out = None
-    if validation is not None:
-        held_out = examples_of(
-            "validation", Fitting(net, loss, params, rule), validation, place
-        )  # fmt: skip
-    if isinstance(given, Loaded):
-        if batch_size is not None:
-            raise ValueError("batch_size is the loader's to choose: give None with a loader")
-        size = 0
-    else:
-        size = check_batch_size(batch_size, given.n)
-    check_whole("epochs", epochs)
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(f"optimizer must be one of Optax's, such as optax.adam(1e-3): {optimizer}")
-    names = tuple((metrics or {}).items())
-    for name, _ in names:
-        if name in ("loss", "skipped"):
-            raise ValueError(
-                f"a metric cannot be called {name!r}: in the history that is "
-                + ("the loss" if name == "loss" else "how many steps had no effect")
-            )
-        if name.startswith("validation_"):
-            raise ValueError(
-                f"a metric cannot be called {name!r}: in the history that is one of the validation "
-                "data"
-            )
-    recorded = ["loss", *dict(names)]
-    recorded += [f"validation_{name}" for name in recorded] if held_out else []
-    if early_stopping and early_stopping.monitor not in recorded:
-        raise ValueError(
-            f"EarlyStopping watches {early_stopping.monitor!r}, but the history will have "
-            f"{', '.join(recorded)}; give validation data, or another monitor"
-        )
+    given = examples_of("data", needs, data, place)
+    held_out = None if validation is None else examples_of("validation", needs, validation, place)
     if held_out:
         check_folds(net)
+    if isinstance(given, Loaded) and batch_size is not None:
+        raise ValueError("batch_size is the loader's to choose: give None with a loader")
+    size = 0 if isinstance(given, Loaded) else check_batch_size(batch_size, given.n)
+    names = check_metrics(metrics)
+    recorded = ["loss", *dict(names)]
+    recorded += [f"validation_{name}" for name in recorded] if held_out else []
+    _check_monitor(early_stopping, recorded, private)
     task = Task(net, loss, optimizer, names, rule, nonfinite)
-    if rule is not None and private is not None:
-        raise ValueError(
-            "private training clips the gradients of backpropagation: give private or rule"
-        )
-    if rule is not None:
-        run: Run = RuledRun(task, params, given, size, key, place)
-    elif private is None:
-        run = Run(task, params, given, size, key, place)
-    else:
-        if early_stopping and not early_stopping.monitor.startswith("validation_"):
-            raise ValueError(
-                f"EarlyStopping watches {early_stopping.monitor!r}, which is of the private data: "
-                "give validation data, and monitor its loss or metrics"
-            )
-        run = PrivateRun(task, params, given, size, key, place, private, epochs)
-    keeper = Keeper(early_stopping, run.params)
-    hooks = tuple(callbacks)
     history: dict[str, list[float]] = {}
     kept = None
     first, stopped, resumed_from = 1, "finished", None
-    if checkpoints is not None:
-        options = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)
-        options = monitoring(options, recorded)
-        about = configuration_of(task, given, size, key, private)
-        kept = Kept(Store(options, about), run, keeper, history)
-        found = kept.restore(resume)
-        if found is not None:
-            first, stopped, resumed_from = found
-        if first > epochs + 1:
-            raise CheckpointError(
-                f"the run in {kept.store.folder} has {first - 1} epochs behind it: epochs={epochs} "
-                "is less. Give as many, or begin anew in another folder"
-            )
+    with place.entered():
+        if rule is not None:
+            run: Run = RuledRun(task, params, given, size, key, place)
+        elif private is None:
+            run = Run(task, params, given, size, key, place)
+        else:
+            run = PrivateRun(task, params, given, size, key, place, private, epochs)
+        keeper = Keeper(early_stopping, run.params)
+        if checkpoints is not None:
+            if not isinstance(checkpoints, Checkpoints):
+                checkpoints = Checkpoints(checkpoints)
+            about = configuration_of(task, given, size, key, recorded, private, run.privacy())
+            kept = Kept(Store(monitoring(checkpoints, recorded), about), run, keeper, history)
+            first, stopped, resumed_from = kept.restore(resume, epochs)
     bar = Progress(epochs, progress if jax.process_index() == 0 else False, first - 1)
     watch = Watch(kept is not None)
     try:
         with watch:
             for number in range(first, epochs + 1) if stopped == "finished" else ():
-                values = run.epoch(number, history, _each(run, kept, watch, number, history))
-                if held_out:
-                    fixed, own = run.folded()
-                    validated = evaluated(
-                        fixed, loss, own, held_out, names, run.states()[1], place
-                    )  # fmt: skip
-                    values |= {f"validation_{name}": value for name, value in validated.items()}
+                with place.entered():
+                    values = run.epoch(number, history, _each(run, kept, watch, number, history))
+                    if held_out:
+                        fixed, own = run.folded()
+                        found = evaluated(
+                            fixed, loss, own, held_out, names, run.states()[1], place
+                        )  # fmt: skip
+                        values |= {f"validation_{name}": value for name, value in found.items()}
                 keeper.look(number, values, run.params)
                 for name, value in values.items():
                     history.setdefault(name, []).append(value)
                 bar.epoch(number, values)
-                opt_state, rule_state = run.states()
-                seen = Epoch(number, run.params, opt_state, history, rule_state)
+                now, opt_state, rule_state = place.handed_back((run.params, *run.states()))
+                seen = Epoch(number, now, opt_state, history, rule_state)
                 if any([bool(callback(seen)) for callback in hooks]):  # noqa: C419, call every one
                     stopped = "callback"
                 elif keeper.exhausted(number):
                     stopped = "early"
                 if kept is not None:
-                    kept.save(number + 1, values, stopped)
-                    if watch.came(run.at.step):
-                        kept.leave()
+                    with place.entered():
+                        kept.save(number + 1, values, stopped)
+                        if watch.came(run.at.step):
+                            kept.leave()
                 if stopped != "finished":
                     break
     except KeyboardInterrupt:
@@ -310,14 +288,33 @@ def fit(
         bar.close()
         if kept is not None:
             kept.close()
-    best = keeper.params if early_stopping and keeper.epoch else run.params
-    averages = run.averages(best)
-    opt_state, rule_state = run.states()
-    best, opt_state, rule_state = place.handed_back((best, opt_state, rule_state))
+    best_epoch = keeper.epoch if early_stopping else None
+    best = run.params if best_epoch is None else keeper.params
+    with place.entered():
+        averages = run.averages(best)
+    best, averages, opt_state, rule_state = place.handed_back((best, averages, *run.states()))
     return Fit(
-        best, opt_state, history, stopped, keeper.epoch, averages, run.privacy(), rule_state,
+        best, opt_state, history, stopped, best_epoch, averages, run.privacy(), rule_state,
         run.at.lost_before + run.at.lost, resumed_from,
     )  # fmt: skip
+
+
+def _check_monitor(
+    early_stopping: EarlyStopping | None, recorded: list[str], private: Private | None
+) -> None:
+    if early_stopping is None:
+        return
+    monitor = early_stopping.monitor
+    if monitor not in recorded:
+        raise ValueError(
+            f"EarlyStopping watches {monitor!r}, but the history will have {', '.join(recorded)}; "
+            "give validation data, or another monitor"
+        )
+    if private is not None and not monitor.startswith("validation_"):
+        raise ValueError(
+            f"EarlyStopping watches {monitor!r}, which is of the private data: give validation "
+            "data, and monitor its loss or metrics"
+        )
 
 
 def _each(

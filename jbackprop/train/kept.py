@@ -14,11 +14,13 @@ from jax import Array
 
 from jbackprop.factored import PyTree
 from jbackprop.saved.configuration import configuration
+from jbackprop.train.accounting import Privacy
 from jbackprop.train.checkpoints import CheckpointError, Checkpoints, Preempted, Store
 from jbackprop.train.checks import Examples
 from jbackprop.train.data import Loaded
+from jbackprop.train.position import Position
 from jbackprop.train.private import Private
-from jbackprop.train.run import Position, Run, Task
+from jbackprop.train.run import Run, Task
 from jbackprop.train.stopping import Keeper
 
 
@@ -34,7 +36,13 @@ def monitoring(options: Checkpoints, recorded: list[str]) -> Checkpoints:
 
 
 def configuration_of(
-    task: Task, data: Examples | Loaded, size: int, key: Array, private: Private | None
+    task: Task,
+    data: Examples | Loaded,
+    size: int,
+    key: Array,
+    recorded: list[str],
+    private: Private | None,
+    privacy: Privacy | None,
 ) -> dict[str, Any]:
     """What must be the same when a run is resumed, as JSON has it."""
     found: dict[str, Any] = {
@@ -42,11 +50,13 @@ def configuration_of(
         "loss": configuration(task.loss),
         "rule": configuration(task.rule),
         "optimizer": configuration(task.optimizer),
-        "metrics": list(task.names),
+        "the history": recorded,
         "nonfinite": task.nonfinite,
-        "private": None if private is None else repr(private),
     }
-    if private is None:  # who knew its key would know the noise
+    if private is not None and privacy is not None:
+        found["private"] = repr(private)
+        found["noise_multiplier"] = privacy.noise_multiplier  # follows from epsilon and the epochs
+    else:  # who knew its key would know the noise
         data_of_key = key if key.dtype == np.uint32 else jax.random.key_data(key)
         found["key"] = hashlib.sha256(np.asarray(data_of_key).tobytes()).hexdigest()[:16]
     if isinstance(data, Examples):
@@ -87,15 +97,20 @@ class Kept:
         value = None if values is None else values[self.store.options.monitor]
         self.store.save(run.at.step, trees, record, value)
 
-    def restore(self, resume: bool) -> tuple[int, str, int] | None:
-        """Set the run to the last good checkpoint: the epoch, why it had stopped, and the step."""
+    def restore(self, resume: bool, epochs: int) -> tuple[int, str, int | None]:
+        """Set the run to the last good checkpoint.
+
+        Returns:
+            The epoch to go on with, why training had stopped, and the step; as to begin with where
+            there is no checkpoint.
+        """
         if not resume:
             if self.store.steps:
                 raise CheckpointError(
                     f"{self.store.folder} holds a run up to step {self.store.steps[-1]}: go on "
                     "with resume=True, or begin anew in another folder"
                 )
-            return None
+            return 1, "finished", None
 
         def templates(record: Mapping[str, Any]) -> dict[str, PyTree]:
             trees = {"params": self._run.params, "state": self._run.opt_state}
@@ -103,12 +118,18 @@ class Kept:
 
         found = self.store.restore(templates)
         if found is None:
-            return None
+            return 1, "finished", None
         trees, record = found
         self._run.go_on(trees["params"], trees["state"], Position.from_json(record["at"]))
         self._keeper.epoch, self._keeper.best = record["best_epoch"], record["best_value"]
         self._keeper.params = trees.get("best", self._keeper.params)
         self._history.update(record["history"])
+        begun = record["epoch"] - 1 + bool(self._run.at.index)
+        if begun > epochs:
+            raise CheckpointError(
+                f"the run in {self.store.folder} is in its epoch {begun}: epochs={epochs} is less. "
+                "Give as many, or begin anew in another folder"
+            )
         return record["epoch"], record["stopped"], self._run.at.step
 
     def leave(self) -> None:

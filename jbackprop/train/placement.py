@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jbackprop.factored import PyTree
+from jbackprop.mesh import EXPLICIT
 from jbackprop.sharding import Sharding, place, specs_like
 from jbackprop.sweep import Node
 
@@ -66,6 +69,12 @@ class Placement:
         self._specs = self._sharding.specs(net, params, self.mesh)
         named = self._sharding.batch or ()
         self._axes = (named,) if isinstance(named, str) else tuple(named)
+
+    def entered(self) -> AbstractContextManager[Any]:
+        """Inside, JAX has this mesh in place of one that is set around."""
+        if self.mesh is None or not EXPLICIT:
+            return contextlib.nullcontext()
+        return jax.set_mesh(self.mesh)
 
     @property
     def shards(self) -> int:

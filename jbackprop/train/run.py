@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import functools
@@ -38,6 +37,7 @@ from jbackprop.train.data import (
 )
 from jbackprop.train.evaluation import Metric, measure
 from jbackprop.train.placement import Layout, Placement
+from jbackprop.train.position import Position
 
 NonFinite = Literal["raise", "skip", "rollback"]
 """What training does about a step whose loss or update is not finite."""
@@ -90,48 +90,6 @@ class Task:
         return tuple(name for name, _ in self.metrics)
 
 
-@dataclasses.dataclass
-class Position:
-    """How far a run has come, as JSON has it.
-
-    Attributes:
-        step: steps done, over all epochs.
-        index: batches done of the epoch that is under way.
-        sums: of that epoch's losses and metrics, over the examples seen in it.
-        seen: so many examples.
-        lost: so many of that epoch's steps were thrown away.
-        lost_before: and of the epochs before.
-        in_a_row: how often that happened since it last went well.
-        loader: the state of the loader behind the last batch.
-    """
-
-    step: int = 0
-    index: int = 0
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    seen: int = 0
-    lost: int = 0
-    lost_before: int = 0
-    in_a_row: int = 0
-    loader: Any = None
-
-    def to_json(self) -> dict[str, Any]:
-        found = dataclasses.asdict(self)
-        if isinstance(self.loader, bytes):
-            found["loader"] = {"bytes": base64.b64encode(self.loader).decode()}
-        return found
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Position:
-        at = cls(**found)
-        if isinstance(at.loader, dict) and set(at.loader) == {"bytes"}:
-            at.loader = base64.b64decode(at.loader["bytes"])
-        return at
-
-    def next_epoch(self) -> None:
-        self.lost_before += self.lost
-        self.index, self.sums, self.seen, self.lost, self.loader = 0, {}, 0, 0, None
-
-
 class Run:
     """The state of a training run, and its way through an epoch."""
 
@@ -157,7 +115,10 @@ class Run:
         self._before = self._sound = (self.params, self.opt_state, 0)
 
     def _begin(self) -> PyTree:
-        return self._place.state(self.params, lambda: self._task.optimizer.init(self.params))
+        def init() -> PyTree:
+            return jax.tree.map(jnp.asarray, self._task.optimizer.init(self.params))
+
+        return self._place.state(self.params, init)
 
     def _order(self, n: int) -> Order:
         return shuffled(n, self._size, self._key)
@@ -338,7 +299,7 @@ class Run:
                 "that step are in this error's .params. Often the learning rate is too high",
                 self.at.step,
                 place,
-                params,
+                self._place.handed_back(params),
                 history,
             )
 
