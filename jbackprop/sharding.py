@@ -30,8 +30,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jbackprop import layers
+from jbackprop.checks import check_sizes
 from jbackprop.compose import Checkpoint, FanOut, Frozen, Parallel, Sequential
 from jbackprop.factored import PyTree
+from jbackprop.gradient import check_net
 from jbackprop.layers.elementwise import Weightless
 from jbackprop.structure import rebuild, stack_axes
 from jbackprop.sweep import Composite, Node
@@ -75,6 +77,28 @@ class Sharding:
     batch: Axes = "data"
     fsdp: Axes = None
     smallest: int = 4096
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "smallest", least=0)
+        for name in ("batch", "fsdp"):
+            _check_axes(f"Sharding: {name}", getattr(self, name))
+        if not isinstance(self.rules, tuple | list):
+            raise TypeError(f"Sharding: rules must be a tuple of pairs, not {self.rules!r}")
+        for rule in self.rules:
+            of_two = isinstance(rule, tuple | list) and len(rule) == 2
+            if not (of_two and isinstance(rule[0], str) and isinstance(rule[1], PartitionSpec)):
+                raise TypeError(
+                    "Sharding: a rule must be a pair of a regular expression and a "
+                    f"PartitionSpec, not {rule!r}"
+                )
+            try:
+                re.compile(rule[0])
+            except re.error as error:
+                raise ValueError(
+                    f"Sharding: the rule {rule[0]!r} is no regular expression: {error}; "
+                    "re.escape makes one of a path"
+                ) from error
+        object.__setattr__(self, "rules", tuple(map(tuple, self.rules)))
 
     @property
     def examples(self) -> PartitionSpec:
@@ -219,6 +243,8 @@ def tensor_parallel(
     Source: Shoeybi, Patwary, Puri, LeGresley, Casper and Catanzaro, Megatron-LM: training
     multi-billion parameter language models using model parallelism (2019), section 3.
     """
+    check_net(net)
+    _check_axes("tensor_parallel: axis", axis)
     pairs = _Pairs(axis)
     pairs.visit(net, "")
     pairs.close()
@@ -314,6 +340,10 @@ def place(net: Node, params: PyTree, mesh: Mesh, sharding: Sharding) -> PyTree:
         mesh: a `Mesh` of automatic or explicit axes.
         sharding: what `Sharding.specs` is asked of; it raises.
     """
+    check_net(net)
+    if not isinstance(sharding, Sharding):
+        raise TypeError(f"sharding must be a Sharding, such as fsdp() gives, not {sharding!r}")
+    check_mesh(mesh)
     return put(params, sharding.specs(net, params, mesh), mesh)
 
 
@@ -325,7 +355,12 @@ def put(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
         specs: a tree like it of `PartitionSpec`, such as from `Sharding.specs` or `specs_like`, or
             one for all: ``put((x, y), sharding.examples, mesh)``.
         mesh: a `Mesh`.
+
+    Raises:
+        ValueError: specs that do not go with the tree, or an axis that does not divide.
+        TypeError: what is no mesh.
     """
+    check_mesh(mesh)
 
     def one(leaf: Any, spec: PartitionSpec) -> jax.Array:
         where = NamedSharding(mesh, spec)
@@ -337,6 +372,7 @@ def put(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
 
     if isinstance(specs, PartitionSpec):
         return jax.tree.map(lambda leaf: one(leaf, specs), tree)
+    _check_specs(specs, tree, "the tree")
     return jax.tree.map(one, tree, specs)
 
 
@@ -352,6 +388,7 @@ def specs_like(state: PyTree, params: PyTree, specs: PyTree) -> PyTree:
         A tree like the state of `PartitionSpec`: a leaf whose path ends with a parameter's, and
         that has its shape, is split as that parameter; all else, such as a count, is whole.
     """
+    _check_specs(specs, params, "params")
     known: dict[Any, tuple[tuple[int, ...], PartitionSpec]] = {}
 
     def note(where: Any, leaf: Any, spec: PartitionSpec) -> None:
@@ -371,6 +408,7 @@ def specs_like(state: PyTree, params: PyTree, specs: PyTree) -> PyTree:
 
 def paths(net: Node, params: PyTree) -> list[str]:
     """The path of every parameter, in forward order."""
+    check_net(net)
     found: list[str] = []
 
     def of_layer(path: str, layer: Node, own: PyTree) -> tuple[Node, PyTree]:
@@ -380,6 +418,28 @@ def paths(net: Node, params: PyTree) -> list[str]:
 
     rebuild(net, params, of_layer)
     return found
+
+
+def check_mesh(mesh: Any) -> None:
+    """Raise where it is none."""
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, as jax.make_mesh gives: {mesh!r}")
+
+
+def _check_axes(what: str, axes: Any) -> None:
+    names = axes if isinstance(axes, tuple | list) else (axes,)
+    if axes is not None and not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{what} must be the name of an axis of the mesh, or several: {axes!r}")
+
+
+def _check_specs(specs: Any, tree: PyTree, what: str) -> None:
+    leaves, structure = jax.tree.flatten(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    due = jax.tree.structure(tree)
+    if str(structure) != str(due) or not all(isinstance(leaf, PartitionSpec) for leaf in leaves):
+        raise ValueError(
+            f"specs must be a tree of PartitionSpec like {what}, {due}, not {specs!r}; "
+            "Sharding.specs and specs_like make them"
+        )
 
 
 def _key(key: Any) -> str:

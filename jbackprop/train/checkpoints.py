@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.checks import check_flags
 from jbackprop.factored import PyTree
 from jbackprop.saved.configuration import difference
 from jbackprop.train.checks import check_whole
@@ -80,6 +81,7 @@ class Checkpoints:
         if self.every is not None:
             check_whole("Checkpoints: every", self.every, ", or None for the ends of epochs alone")
         check_whole("Checkpoints: keep", self.keep)
+        check_flags(self, "higher_is_better")
         if not isinstance(self.folder, str | Path):
             raise TypeError(f"Checkpoints: folder must be a path, not {self.folder!r}")
 

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbackprop import mesh
+from jbackprop.checks import check_params
 from jbackprop.credit import Rule, State
 from jbackprop.factored import PyTree
+from jbackprop.gradient import check_loss, check_net
 from jbackprop.losses import Loss
 from jbackprop.sweep import Node, batch_size, forward
 
@@ -33,6 +35,11 @@ class Fitting:
     loss: Loss
     params: PyTree
     rule: Rule | State | None = None
+
+    def __post_init__(self) -> None:
+        check_net(self.net)
+        check_loss(self.loss)
+        check_params(self.params)
 
     @functools.cached_property
     def dtype(self) -> Any:

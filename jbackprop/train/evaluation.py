@@ -20,7 +20,7 @@ from jbackprop.losses import Loss
 from jbackprop.objective import costs
 from jbackprop.sharding import Sharding
 from jbackprop.sweep import Node, forward
-from jbackprop.train.checks import Examples, Fitting
+from jbackprop.train.checks import Examples, Fitting, check_metrics
 from jbackprop.train.data import Loaded, Order, Picked, Streamed, examples_of
 from jbackprop.train.placement import Placement
 
@@ -69,13 +69,15 @@ def evaluate(
     Raises:
         ValueError, TypeError: data or parameters that do not fit; a layer that couples examples.
     """
-    refuse_coupling(net, "a cost")
-    place = Placement(net, params, mesh, sharding)
     needs = Fitting(net, loss, params, rule_state)
+    refuse_coupling(net, "a cost")
+    named = check_metrics(metrics)
+    place = Placement(net, params, mesh, sharding)
     found = examples_of("data", needs, data, place)
     if mesh is not None:
         params = place.params(params)
-    return evaluated(net, loss, params, found, tuple((metrics or {}).items()), rule_state, place)
+    with place.entered():
+        return evaluated(net, loss, params, found, named, rule_state, place)
 
 
 def evaluated(

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jbackprop.factored import PyTree
 from jbackprop.mesh import EXPLICIT
-from jbackprop.sharding import Sharding, place, specs_like
+from jbackprop.sharding import Sharding, check_mesh, place, specs_like
 from jbackprop.sweep import Node
 
 Part = tuple[int, ...]
@@ -54,8 +54,8 @@ class Placement:
     def __init__(self, net: Node, params: PyTree, mesh: Mesh | None, sharding: Sharding | None):
         if mesh is None and sharding is not None:
             raise ValueError("sharding says how to split arrays over a mesh: give mesh= too")
-        if mesh is not None and not isinstance(mesh, Mesh):
-            raise TypeError(f"mesh must be a jax.sharding.Mesh, as jax.make_mesh gives: {mesh!r}")
+        if mesh is not None:
+            check_mesh(mesh)
         if sharding is not None and not isinstance(sharding, Sharding):
             raise TypeError(
                 f"sharding must be one of jbackprop.sharding, such as sharding.fsdp(): {sharding!r}"
