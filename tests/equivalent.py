@@ -171,19 +171,16 @@ EQUIVALENT: dict[str, list[str]] = {
         "FusedSoftmaxCrossEntropy._forward: jnp.take_along_axis(z, rows.y[:, None], axis=1)"
         " -> jnp.take_along_axis(z, rows.y[:, None])",
         "SoftmaxCrossEntropy.mean: jax.nn.softmax(z, axis=-1) -> jax.nn.softmax(z)",
-        "SoftmaxCrossEntropy.error: at.add(-1, mode='drop', unique_indices=True, indices_are_sorted=True)"
-        " -> at.add(-1, unique_indices=True, indices_are_sorted=True)",
+        "SoftmaxCrossEntropy.error: p.at[y].add(-1, mode='drop', unique_indices=True)"
+        " -> p.at[y].add(-1, unique_indices=True)",
     ],
     "a promise to XLA: it saves time": [
-        "SoftmaxCrossEntropy.error: at.add(-1, mode='drop', unique_indices=True, indices_are_sorted=True)"
-        " -> " + call
+        "SoftmaxCrossEntropy.error: p.at[y].add(-1, mode='drop', unique_indices=True) -> " + call
         for call in (
-            "at.add(-1, mode='drop', indices_are_sorted=True)",
-            "at.add(-1, mode='drop', unique_indices=True)",
-            "at.add(-1, mode='drop', unique_indices=False, indices_are_sorted=True)",
-            "at.add(-1, mode='drop', unique_indices=True, indices_are_sorted=False)",
+            "at.add(-1, mode='drop')",
+            "at.add(-1, mode='drop', unique_indices=False)",
         )
-    ],
+    ],  # fmt: skip
     "broadcast later": ["SoftmaxCrossEntropy.targets: (1.0,) * classes -> (1.0,)"],
     "integers have 1, 2, 4 or 8 bytes; one of 4 bytes is int32, or counts as it": [
         "SoftmaxCrossEntropy.labels: y.dtype.itemsize < 4 -> y.dtype.itemsize <= 4",

@@ -142,8 +142,8 @@ def test_keys_that_look_alike():
     [
         ({"argnums": (0, 0), "candidate": (X, X)}, "each argument can be given once"),
         ({"argnums": (0, -1), "candidate": (X, X)}, "each argument can be given once"),
-        ({"tolerance": -1.0}, "tolerance must be a positive number"),
-        ({"tolerance": float("nan")}, "tolerance must be a positive number"),
+        ({"tolerance": -1.0}, "tolerance must be a finite number above 0"),
+        ({"tolerance": float("nan")}, "tolerance must be a finite number above 0"),
         ({"directions": 1.5}, "directions must be an int"),
         ({"directions": 0}, "directions must be at least 1"),
         ({"seed": -1}, "seed must not be negative"),

@@ -29,6 +29,7 @@ from jbackprop.train.checks import Examples
 from jbackprop.train.data import Batch, Loaded, Order, Picked, take
 from jbackprop.train.evaluation import measure
 from jbackprop.train.placement import Placement
+from jbackprop.train.position import Position
 from jbackprop.train.run import Run, Task, ended, plain_updates
 
 
@@ -133,8 +134,11 @@ class PrivateRun(Run):
         super().__init__(task, params, data, size, key, place)
 
     def privacy(self) -> Privacy:
-        begun = max(self._begun, self.at.step if self._begun else 0)
-        return self._private.report(self._multiplier, self._probability, begun)
+        return self._private.report(self._multiplier, self._probability, self._begun)
+
+    def go_on(self, params: PyTree, opt_state: PyTree, at: Position) -> None:
+        super().go_on(params, opt_state, at)
+        self._begun = at.step
 
     def _order(self, n: int) -> Order:
         def order(epoch: int) -> Iterator[Picked]:
