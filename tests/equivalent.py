@@ -177,10 +177,10 @@ EQUIVALENT: dict[str, list[str]] = {
     "a promise to XLA: it saves time": [
         "SoftmaxCrossEntropy.error: p.at[y].add(-1, mode='drop', unique_indices=True) -> " + call
         for call in (
-            "at.add(-1, mode='drop')",
-            "at.add(-1, mode='drop', unique_indices=False)",
+            "p.at[y].add(-1, mode='drop')",
+            "p.at[y].add(-1, mode='drop', unique_indices=False)",
         )
-    ],  # fmt: skip
+    ],
     "broadcast later": ["SoftmaxCrossEntropy.targets: (1.0,) * classes -> (1.0,)"],
     "integers have 1, 2, 4 or 8 bytes; one of 4 bytes is int32, or counts as it": [
         "SoftmaxCrossEntropy.labels: y.dtype.itemsize < 4 -> y.dtype.itemsize <= 4",
