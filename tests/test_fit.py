@@ -357,3 +357,15 @@ def check_metrics():
     np.testing.assert_array_equal(jb.metrics.accuracy(z, hot), [1, 0])
     np.testing.assert_array_equal(jb.metrics.binary_accuracy(z, hot), [0.5, 0])
     np.testing.assert_array_equal(jb.metrics.absolute_error(z, hot), [1.0, 2.5])
+
+
+def test_metrics_may_be_truth_values(params):
+    """Whether each is right is 0 or 1, also where the mean is one of clipped, weighted examples."""
+    as_bools = {"right": lambda z, y: jnp.argmax(z, 1) == y}
+    found = fit(params, batch_size=32, metrics=as_bools, validation=(X, Y))
+    numbers = fit(params, batch_size=32, metrics={"right": jb.metrics.accuracy}, validation=(X, Y))
+    assert found.history == numbers.history
+    private = jb.Private(1.0, noise_multiplier=1.0)
+    assert (
+        0 < fit(params, batch_size=32, metrics=as_bools, private=private).history["right"][-1] < 1
+    )

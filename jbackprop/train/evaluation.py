@@ -39,7 +39,9 @@ def measure(metrics: Any, outputs: Any, y: Any) -> Iterator[tuple[str, Array]]:
                 f"metric {name!r} must give one number for each example, (B,), not the shape "
                 f"{jnp.shape(values)}; see jbackprop.metrics"
             )
-        yield name, values
+        dtype = jnp.result_type(values)  # a truth value is 0 or 1
+        whole = not jnp.issubdtype(dtype, jnp.floating)
+        yield name, jnp.asarray(values, jnp.float32 if whole else dtype)
 
 
 def evaluate(
