@@ -1,6 +1,6 @@
 """One of several processes that train together, or the only one; four devices in all.
 
-    python tests/in_processes.py PROCESS PROCESSES PORT FOLDER
+    python tests/in_processes.py PROCESS PROCESSES PORT FOLDER [odd]
 
 Prints a line after each epoch, and in the end, as JSON, what has been learnt.
 """
@@ -46,7 +46,7 @@ def own_part(epoch):
 def fit(data, **options):
     found = jb.fit(
         NET, LOSS, NET.init(jax.random.key(0)), data, optax.adam(0.01), epochs=5,
-        key=jax.random.key(1), validation=(X[:30], Y[:30]), progress=False,
+        key=jax.random.key(PROCESS if "odd" in sys.argv else 1), validation=(X[:30], Y[:30]), progress=False,
         mesh=jax.make_mesh((4,), ("data",)), sharding=jb.sharding.fsdp(smallest=1), **options,
     )  # fmt: skip
     whole = found.params

@@ -21,9 +21,9 @@ HERE = Path(__file__).parent
 class Life:
     """A process of tests/in_processes.py, and what it has printed."""
 
-    def __init__(self, folder, process, processes, port):
+    def __init__(self, folder, process, processes, port, *odd):
         self.out = folder / f"out{process}"
-        script = [HERE / "in_processes.py", process, processes, port, folder / "kept"]
+        script = [HERE / "in_processes.py", process, processes, port, folder / "kept", *odd]
         with self.out.open("w") as out:
             self.process = subprocess.Popen(
                 [sys.executable, *map(str, script)], stdout=out, stderr=subprocess.STDOUT,
@@ -46,11 +46,18 @@ class Life:
         return json.loads(re.findall(r"^\{.*\}$", said, re.MULTILINE)[-1])
 
 
-def two(folder):
+def two(folder, *odd):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    return [Life(folder, i, 2, port) for i in range(2)]
+    return [Life(folder, i, 2, port, *odd) for i in range(2)]
+
+
+def test_processes_that_make_different_calls_are_told(tmp_path):
+    for life in two(tmp_path, "odd"):
+        code, said = life.end()
+        assert code != 0
+        assert "the processes were given different key: all of them must make the same call" in said
 
 
 def test_two_processes_killed_and_terminated_give_the_result_of_one(tmp_path):

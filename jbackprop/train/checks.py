@@ -215,4 +215,4 @@ def _to(name: str, leaf: np.ndarray, dtype: Any) -> np.ndarray:
     largest, value = float(jnp.finfo(dtype).max), float(np.max(np.abs(leaf), initial=0))
     if value > largest:
         raise ValueError(f"{name}: x has the value {value:.3g}, too large for {dtype} parameters")
-    return leaf.astype(dtype, copy=False)
+    return leaf.astype(dtype)

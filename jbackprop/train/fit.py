@@ -24,7 +24,7 @@ from jbackprop.train.checkpoints import Checkpoints, Store
 from jbackprop.train.checks import Fitting, check_batch_size, check_metrics, check_whole
 from jbackprop.train.data import Loaded, examples_of
 from jbackprop.train.evaluation import Metric, evaluated
-from jbackprop.train.kept import Kept, configuration_of, monitoring
+from jbackprop.train.kept import Kept, check_agreed, configuration_of, monitoring
 from jbackprop.train.placement import Placement
 from jbackprop.train.preemption import Watch
 from jbackprop.train.private import Private, PrivateRun
@@ -237,10 +237,13 @@ def fit(
         else:
             run = PrivateRun(task, params, given, size, key, place, private, epochs)
         keeper = Keeper(early_stopping, run.params)
+        about = {}
+        if checkpoints is not None or jax.process_count() > 1:
+            about = configuration_of(task, given, size, key, recorded, private, run.privacy())
+            check_agreed(about)
         if checkpoints is not None:
             if not isinstance(checkpoints, Checkpoints):
                 checkpoints = Checkpoints(checkpoints)
-            about = configuration_of(task, given, size, key, recorded, private, run.privacy())
             kept = Kept(Store(monitoring(checkpoints, recorded), about), run, keeper, history)
             first, stopped, resumed_from = kept.restore(resume, epochs)
     bar = Progress(epochs, progress if jax.process_index() == 0 else False, first - 1)

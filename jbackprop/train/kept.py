@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 
 from jbackprop.factored import PyTree
 from jbackprop.saved.configuration import configuration
@@ -66,6 +68,20 @@ def configuration_of(
             for leaf in jax.tree.leaves((data.x, data.y))
         ]
     return found
+
+
+def check_agreed(about: Mapping[str, Any]) -> None:
+    """Raise where other processes train something else: each would wait for the others for ever."""
+    if jax.process_count() == 1:
+        return
+    own = {name: zlib.crc32(json.dumps(value).encode()) for name, value in about.items()}
+    all_of_them = multihost_utils.process_allgather(np.array(list(own.values()), np.uint32))
+    odd = [name for name, found in zip(own, all_of_them.T, strict=True) if len(set(found)) > 1]
+    if odd:
+        raise ValueError(
+            f"the processes were given different {', '.join(odd)}: all of them must make the same "
+            "call (of a loader each has its own part)"
+        )
 
 
 def _crc(values: np.ndarray) -> int:
