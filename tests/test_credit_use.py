@@ -551,7 +551,7 @@ BAD = {
     "a search along a line": (lambda: fit(credit.FeedbackAlignment(), optimizer=optax.lbfgs()), TypeError, "asks for the cost"),
     "a need of curvature": (lambda: fit(credit.FeedbackAlignment(), optimizer=jb.optim.kfac(NET, LOSS, clusters(8), key=jax.random.key(0))), TypeError, "K-FAC needs the parameters and the mini-batch"),
     "a recorder without a rule": (lambda: fit(None, callbacks=[credit.Recorder(np.ones((2, 2)), np.ones(2))]), ValueError, "rule=rule"),
-    "a rule's class": (lambda: fit(credit.FeedbackAlignment), TypeError, "must be a rule"),
+    "a rule's class": (lambda: fit(credit.FeedbackAlignment), TypeError, "rule must be a jbackprop Rule"),
     "another loss": (lambda: fit(credit.FeedbackAlignment(loss=jb.SquaredError())), ValueError, "give one of them"),
     "a rule and privacy": (
         lambda: fit(credit.FeedbackAlignment(), private=jb.Private(max_norm=1.0, noise_multiplier=1.0)),
