@@ -1,5 +1,7 @@
 """A long training run in miniature: prints, as JSON, what it costs a quarter at a time.
 
+Beyond 10,000 steps no checkpoints are written: Orbax keeps some memory with each.
+
 python tests/soaked.py FOLDER STEPS
 """
 
