@@ -369,3 +369,17 @@ def test_metrics_may_be_truth_values(params):
     assert (
         0 < fit(params, batch_size=32, metrics=as_bools, private=private).history["right"][-1] < 1
     )
+
+
+def test_metrics_are_added_up_in_float32_at_least(params):
+    """In bfloat16 a sum over a hundred examples would be of three digits."""
+    small = jax.tree.map(lambda p: p.astype("bfloat16"), params)
+    found = jb.evaluate(NET, LOSS, small, (X, Y), {"a": lambda z, y: z[:, 0]})["a"]
+    z = np.asarray(jb.forward(NET, small, jnp.asarray(X, "bfloat16"))[0][:, 0], np.float64)
+    assert found == pytest.approx(z.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("state", [3, jb.credit.KolenPollack()])
+def test_what_is_no_state_of_a_rule_is_refused(params, state):
+    with pytest.raises(TypeError, match="rule_state must be a state"):
+        jb.evaluate(NET, LOSS, params, (X, Y), rule_state=state)

@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jbackprop.credit import State
-from jbackprop.factored import PyTree
+from jbackprop.factored import PyTree, wide_dtype
 from jbackprop.gradient import refuse_coupling
 from jbackprop.losses import Loss
 from jbackprop.objective import costs
@@ -33,15 +33,16 @@ _AT_ONCE = 4096  # examples
 def measure(metrics: Any, outputs: Any, y: Any) -> Iterator[tuple[str, Array]]:
     """By name, the metrics of every example, (B,)."""
     for name, metric in metrics:
-        values = metric(outputs, y)
+        values = jnp.asarray(metric(outputs, y))
         if jnp.shape(values) != jax.tree.leaves(y)[0].shape[:1]:
             raise ValueError(
                 f"metric {name!r} must give one number for each example, (B,), not the shape "
                 f"{jnp.shape(values)}; see jbackprop.metrics"
             )
-        dtype = jnp.result_type(values)  # a truth value is 0 or 1
-        whole = not jnp.issubdtype(dtype, jnp.floating)
-        yield name, jnp.asarray(values, jnp.float32 if whole else dtype)
+        if jnp.issubdtype(values.dtype, jnp.complexfloating):
+            raise TypeError(f"metric {name!r} must give real numbers, not {values.dtype}")
+        whole = not jnp.issubdtype(values.dtype, jnp.floating)  # a truth value is 0 or 1
+        yield name, values.astype(jnp.float32 if whole else wide_dtype(values.dtype))
 
 
 def evaluate(
@@ -71,6 +72,8 @@ def evaluate(
     Raises:
         ValueError, TypeError: data or parameters that do not fit; a layer that couples examples.
     """
+    if not isinstance(rule_state, State | None):
+        raise TypeError(f"rule_state must be a state of a rule of jbackprop, not {rule_state!r}")
     needs = Fitting(net, loss, params, rule_state)
     refuse_coupling(net, "a cost")
     named = check_metrics(metrics)
