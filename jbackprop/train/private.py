@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jbackprop.checks import check_numbers
 from jbackprop.factored import PyTree
 from jbackprop.gradient import refuse_coupling
 from jbackprop.per_example.clipping import (
@@ -73,19 +74,16 @@ class Private:
         check_microbatch(self.microbatch)
         if (self.noise_multiplier is None) == (self.epsilon is None):
             raise ValueError("Private: give either noise_multiplier or epsilon, and not both")
-        if self.noise_multiplier is not None and not 0 <= self.noise_multiplier < math.inf:
-            raise ValueError(
-                f"Private: noise_multiplier must be finite and at least 0: {self.noise_multiplier}"
-            )
-        if self.epsilon is not None and not 0 < self.epsilon < math.inf:
-            raise ValueError(f"Private: epsilon must be positive and finite, not {self.epsilon}")
-        if not 0 < self.delta < 1:
-            raise ValueError(f"Private: delta must be between 0 and 1, not {self.delta}")
+        if self.noise_multiplier is not None:
+            check_numbers(self, "noise_multiplier", least=0)
+        if self.epsilon is not None:
+            check_numbers(self, "epsilon", above=0)
+        check_numbers(self, "delta", above=0, below=1)
 
     def multiplier(self, probability: float, steps: int) -> float:
         """The noise multiplier, found by `dp_accounting` where only epsilon is given."""
         if self.noise_multiplier is not None:
-            return float(self.noise_multiplier)
+            return self.noise_multiplier
         assert self.epsilon is not None
         return noise_multiplier(self.epsilon, self.delta, probability, steps)
 

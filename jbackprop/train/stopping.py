@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from jbackprop.checks import check_flags, check_numbers, check_sizes
 from jbackprop.factored import PyTree
 
 
@@ -26,12 +27,9 @@ class EarlyStopping:
     min_delta: float = 0.0
 
     def __post_init__(self) -> None:
-        if not hasattr(self.patience, "__index__") or self.patience < 1:
-            raise ValueError(
-                f"EarlyStopping: patience must be an int of at least 1, not {self.patience}"
-            )
-        if not self.min_delta >= 0:
-            raise ValueError(f"EarlyStopping: min_delta must not be negative: {self.min_delta}")
+        check_sizes(self, "patience")
+        check_flags(self, "higher_is_better")
+        check_numbers(self, "min_delta", least=0)
 
     def better(self, value: float, best: float | None) -> bool:
         """Whether value improves on the best so far; NaN never does."""
