@@ -46,7 +46,8 @@ class Watch:
         trace: TracebackType | None,
     ) -> None:
         if self._alone:
-            signal.signal(signal.SIGTERM, self._before)
+            before = signal.SIG_DFL if self._before is None else self._before  # None: not Python's
+            signal.signal(signal.SIGTERM, before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._came = True
