@@ -429,3 +429,63 @@ def test_nothing_is_said_where_all_is_well(tmp_path):
         fit(checkpoints=tmp_path)
         fit(checkpoints=tmp_path, resume=True)
     assert not [w for w in seen if "jbackprop" in str(w.filename)]
+
+
+class Live:
+    """An iterator that gives its state itself, not a copy of it."""
+
+    def __init__(self):
+        self.at = {"i": 0}
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.at["i"] >= 8:
+            raise StopIteration
+        self.at["i"] += 1
+        return X[self.at["i"] :][:10], Y[self.at["i"] :][:10]
+
+    def get_state(self):
+        return self.at
+
+    def set_state(self, state):
+        self.at = state
+
+
+@pytest.mark.newest
+def test_a_loader_that_gives_its_live_state(tmp_path):
+    kept, data = jb.Checkpoints(tmp_path, every=3), lambda epoch: Live()
+    never = fit(data=data)
+
+    class Stopped(Live):
+        def __next__(self):
+            if self.at["i"] == 7:
+                raise StopError
+            return super().__next__()
+
+    with pytest.raises(StopError):
+        fit(data=lambda epoch: Stopped(), checkpoints=kept)
+    resumed = fit(data=data, checkpoints=kept, resume=True)
+    assert resumed.resumed_from == 6
+    assert_same(never, resumed)
+
+    class Odd(Live):
+        def get_state(self):
+            return {"i": np.int64(3)}
+
+    with pytest.raises(jb.CheckpointError, match="the state of the loader must be bytes, or what"):
+        fit(data=lambda epoch: Odd(), checkpoints=jb.Checkpoints(tmp_path / "odd", every=3))
+
+
+@pytest.mark.newest
+def test_a_hundred_skipped_in_a_row_are_seen_wherever_they_stand():
+    """Steps 10 to 160 of 200 between two looks; after them all is well."""
+
+    def data(epoch):
+        for i in range(200):
+            yield (np.full_like(X[:10], 1e200) if 10 <= i < 160 else X[:10]), X[:10, :1]
+
+    net = jb.mlp([4, 1], jb.Identity())
+    with pytest.raises(jb.NonFiniteError, match="'skip' was of no use 150 times in a row"):
+        fit(net, data, optax.sgd(1e-3), jb.SquaredError(), nonfinite="skip", epochs=1)

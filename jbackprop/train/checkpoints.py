@@ -186,7 +186,11 @@ class Store:
             raise self._unwritten(error) from error
 
     def close(self) -> None:
-        self._manager.close()
+        """When all is written; what went wrong with the last one is raised here."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._unwritten(error) from error
 
     def _unwritten(self, error: Exception) -> CheckpointError:
         left = ", ".join(map(str, self.steps)) or "no step"
@@ -378,7 +382,12 @@ def _mixed(v: Array) -> Array:
 
 def _signed(record: dict[str, Any]) -> dict[str, Any]:
     """The record as one text, with its digest."""
-    text = json.dumps(record)
+    try:
+        text = json.dumps(record)
+    except TypeError as error:
+        raise CheckpointError(
+            f"the state of the loader must be bytes, or what JSON can say: {error}"
+        ) from error
     return {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 

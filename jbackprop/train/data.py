@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import copy
 import itertools
 import queue
 import threading
@@ -182,7 +183,8 @@ class Loaded(Feed):
             name = f"{self._name}, batch {number} of epoch {epoch}"
             x, y = jax.tree.map(np.array, pair(name, batch))  # it may fill the same arrays anew
             n = lengths(name, x, y)
-            yield self._needs.values(name, x, y), y, n, batches.get_state() if keeps else None
+            after = copy.deepcopy(batches.get_state()) if keeps else None  # it may be its live one
+            yield self._needs.values(name, x, y), y, n, after
 
 
 def examples_of(name: str, needs: Fitting, data: Any, place: Placement) -> Examples | Loaded:

@@ -161,8 +161,9 @@ def fit(
             `NonFiniteError`. "skip": leave that step out. "rollback": back to where all was well
             last, at most 200 steps before, and on with the batches behind (Chowdhery et al., PaLM:
             scaling language modeling with pathways (2022), section 5.1). The steps without effect
-            are counted, in the history as "skipped"; after 100 skipped in a row, or 10 times back,
-            it raises.
+            are counted, in the history as "skipped"; a run that SIGTERM ended in the middle of such
+            a window goes back less far, and is then not the same bit by bit. After 100 skipped in a
+            row, or 10 times back, it raises.
         progress: whether to show progress on stderr; None: a bar for a terminal or a notebook,
             lines for a log file.
 

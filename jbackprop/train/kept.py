@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
+import warnings
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -154,4 +156,11 @@ class Kept:
         raise Preempted(self._run.at.step)
 
     def close(self) -> None:
-        self.store.close()
+        """Raise what went wrong with the last checkpoint; where an error is under way, warn."""
+        under_way = sys.exc_info()[0] is not None
+        try:
+            self.store.close()
+        except CheckpointError as error:
+            if not under_way:
+                raise
+            warnings.warn(str(error), stacklevel=2)

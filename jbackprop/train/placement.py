@@ -95,12 +95,12 @@ class Placement:
         specs = specs_like(state, params, self._specs)
         return jax.tree.map(self._named, specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
-    def state(self, params: PyTree, make: Callable[[], PyTree]) -> PyTree:
+    def state(self, params: PyTree, make: Callable[[PyTree], PyTree]) -> PyTree:
         """A state, made where it belongs."""
         if self.mesh is None:
-            return make()
-        shapes = jax.eval_shape(make)
-        return jax.jit(make, out_shardings=self.like(params, shapes))()
+            return make(params)
+        shapes = jax.eval_shape(make, params)
+        return jax.jit(make, out_shardings=self.like(params, shapes))(params)
 
     def layout(self, *trees: PyTree) -> Layout | None:
         """That of trees of arrays which are in their places."""
@@ -114,9 +114,14 @@ class Placement:
             return tree
         assert self._given is not None
         given = self._given
-        return jax.tree.map(
-            lambda v: jax.device_put(v, NamedSharding(given, v.sharding.spec)), tree
-        )
+
+        def back(v: Any) -> Any:
+            if jnp.issubdtype(v.dtype, jax.dtypes.prng_key):
+                data = back(jax.random.key_data(v))
+                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(v))
+            return jax.device_put(v, NamedSharding(given, v.sharding.spec))
+
+        return jax.tree.map(back, tree)
 
     def parts(self, n: int) -> list[Part]:
         """Which parts of a batch of n examples the devices of this process have."""

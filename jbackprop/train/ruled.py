@@ -56,7 +56,7 @@ class RuledRun(Run):
         )
         key = jax.random.fold_in(self._key, _STREAM)
         rule, net = self._task.rule, self._task.net
-        state = self._place.state(self.params, lambda: rule.init(key, net, self.params, x))
+        state = self._place.state(self.params, lambda params: rule.init(key, net, params, x))
         return super()._begin(), state
 
     def _asks_for_batch(self) -> bool:

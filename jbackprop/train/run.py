@@ -115,8 +115,8 @@ class Run:
         self._before = self._sound = (self.params, self.opt_state, 0)
 
     def _begin(self) -> PyTree:
-        def init() -> PyTree:
-            return jax.tree.map(jnp.asarray, self._task.optimizer.init(self.params))
+        def init(params: PyTree) -> PyTree:
+            return jax.tree.map(jnp.asarray, self._task.optimizer.init(params))
 
         return self._place.state(self.params, init)
 
@@ -243,9 +243,11 @@ class Run:
             self.params, self.opt_state, _ = self._before
             good = [False] * len(waiting)
             at.in_a_row += 1
+        longest = 0
         for (batch, _), means, fine in zip(waiting, found, good, strict=True):
             if policy == "skip":
                 at.in_a_row = 0 if fine else at.in_a_row + 1
+                longest = max(longest, at.in_a_row)
             if not fine:
                 at.lost += 1
                 continue
@@ -254,7 +256,8 @@ class Run:
                 at.sums[name] = at.sums.get(name, 0.0) + batch.size * float(mean)
         if not sound and (policy == "raise" or at.in_a_row >= _IN_A_ROW[policy]):
             self._explain(waiting, history)
-        if policy == "skip" and at.in_a_row >= _IN_A_ROW[policy]:
+        if policy == "skip" and longest >= _IN_A_ROW[policy]:
+            at.in_a_row = longest
             self._explain(waiting, history)
         if sound and policy == "rollback":
             at.in_a_row = 0
