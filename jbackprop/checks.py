@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import operator
@@ -153,6 +154,8 @@ def check_arrays(name: str, tree: Any) -> None:
 
 def check_leaves(name: str, tree: Any) -> None:
     """Raise unless all leaves are arrays of numbers that are not complex, or of truth values."""
+    if _all_of(tree, _REAL):
+        return
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         place = name + jax.tree_util.keystr(path)
         if not hasattr(leaf, "dtype"):
@@ -167,6 +170,19 @@ def check_leaves(name: str, tree: Any) -> None:
 _REAL = (jnp.floating, jnp.integer, jnp.bool_, jax.dtypes.extended)
 
 
+def _all_of(tree: Any, kinds: tuple[Any, ...]) -> bool:
+    """Whether all leaves are arrays of these kinds: asked of every layer whenever it is traced."""
+    return all(
+        (dtype := getattr(leaf, "dtype", None)) is not None and _is_of(dtype, kinds)
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_of(dtype: Any, kinds: tuple[Any, ...]) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in kinds)
+
+
 def real_array(name: str, value: Any) -> jax.Array:
     """An array, also of a list of numbers; raise unless these are real."""
     array = value if hasattr(value, "dtype") else np.asarray(value)
@@ -176,6 +192,8 @@ def real_array(name: str, value: Any) -> jax.Array:
 
 def check_params(params: Any, name: str = "params") -> None:
     """Raise unless all leaves are floating-point numbers."""
+    if _all_of(params, (jnp.floating,)):
+        return
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(type(leaf))
         if not jnp.issubdtype(dtype, jnp.floating):
