@@ -404,6 +404,38 @@ def test_rolling_back_goes_on_with_the_batches_behind():
         fit(optimizer=nan_at(11), nonfinite="rollback", epochs=20)
 
 
+def test_rolling_back_is_the_same_where_sigterm_came_before_a_look(tmp_path, monkeypatch):
+    """Looks are at every fifth step: what is wrong in the twelfth undoes the eleventh and up to 15."""
+    monkeypatch.setattr(jb.train.run, "_LOOK_EVERY", 5)
+    net, loss = jb.mlp([4, 1], jb.Identity()), jb.SquaredError()
+
+    def data(number, end=False):
+        for i in range(8):
+            x = 1e200 * X[:10] if (number, i) == (2, 3) else X[i : i + 10]
+            if end and (number, i) == (2, 7):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield x, X[i : i + 10, :1]
+
+    def run(data, **kept):
+        return fit(net, data, optax.sgd(0.1), loss, nonfinite="rollback", **kept)
+
+    never = run(data)
+    assert never.history["skipped"] == [0.0, 5.0, 0.0]
+    with pytest.raises(jb.Preempted) as caught:
+        run(lambda number: data(number, end=True), checkpoints=tmp_path)
+    assert caught.value.step == 10  # it came later, and the look was there
+    assert_same(never, run(data, checkpoints=tmp_path, resume=True))
+
+
+def test_of_private_data_the_record_has_no_sum(tmp_path):
+    fit(checkpoints=tmp_path, epochs=1, private=jb.Private(1.0, noise_multiplier=1.0))
+    record = (tmp_path / "8" / "record" / "metadata").read_text()
+    assert "float64 (75, 4)" in record
+    assert "CRC" not in record
+    assert "sha256" in record
+    assert '\\"key\\"' not in record
+
+
 def test_the_record_is_json_that_anybody_can_read(tmp_path):
     fit(checkpoints=tmp_path)
     signed = json.loads((tmp_path / "24" / "record" / "metadata").read_text())

@@ -49,8 +49,9 @@ def test_damaged_checkpoints_and_a_full_disk(tmp_path):
         (["plain"], {"8, fsdp", "2x4, tensor", "2x4, both", "8x1, both", "1x8, tensor"}),
         (["others"], {"batch norm", "layers that draw, skipping", "whole batches", "a rule",
                       "private", "transformer", "K-FAC"}),
-        (["loaders", "resumed", "within", "evaluated"],
-         {"a loader", "resumed elsewhere", "within a mesh", "folded", "evaluate"}),
+        (["loaders", "resumed", "within", "refused", "evaluated"],
+         {"a loader", "resumed elsewhere", "within a mesh", "folded", "refused",
+          "evaluated where they are", "evaluate"}),
     ],
 )  # fmt: skip
 def test_eight_devices_learn_what_one_learns(parts, cases):

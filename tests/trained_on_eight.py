@@ -162,6 +162,18 @@ def within(found):
     found["folded"] = abs(a - b) / a
 
 
+def refused(found):
+    """Parameters that are spread, and no mesh to train on."""
+    on = jax.make_mesh((8,), ("data",))
+    params = sharding.place(NET, NET.init(jax.random.key(0)), on, sharding.fsdp(**SMALL))
+    try:
+        jb.fit(NET, LOSS, params, (X, Y), optax.sgd(0.1), epochs=1, key=jax.random.key(1))
+    except ValueError as error:
+        found["refused"] = 0.0 if "lie on 8 devices: give the mesh" in str(error) else 1.0
+    alone = jb.evaluate(NET, LOSS, NET.init(jax.random.key(0)), (X, Y))["loss"]
+    found["evaluated where they are"] = abs(jb.evaluate(NET, LOSS, params, (X, Y))["loss"] - alone)
+
+
 def evaluated(found):
     params, mesh = NET.init(jax.random.key(0)), jax.make_mesh((2, 4), ("data", "model"))
     one = jb.evaluate(NET, LOSS, params, (X, Y))["loss"]
@@ -172,7 +184,7 @@ def evaluated(found):
 
 if __name__ == "__main__":
     found = {}
-    for part in (plain, others, loaders, resumed, within, evaluated):
+    for part in (plain, others, loaders, resumed, within, refused, evaluated):
         if len(sys.argv) < 2 or part.__name__ in sys.argv[1:]:
             part(found)
     print(json.dumps(found))

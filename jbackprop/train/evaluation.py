@@ -17,6 +17,7 @@ from jbackprop.credit import State
 from jbackprop.factored import PyTree, wide_dtype
 from jbackprop.gradient import refuse_coupling
 from jbackprop.losses import Loss
+from jbackprop.mesh import WHOLE, on_mesh
 from jbackprop.objective import costs
 from jbackprop.sharding import Sharding
 from jbackprop.sweep import Node, forward
@@ -116,6 +117,7 @@ def in_parts(n: int) -> Order:
     return order
 
 
+@on_mesh(lambda *_: WHOLE)
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _evaluate(
     net: Node,

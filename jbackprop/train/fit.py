@@ -152,7 +152,7 @@ def fit(
             `data_parallel()`: the examples over the axis "data".
         checkpoints: where to keep the run, a `Checkpoints` or just a folder. SIGTERM then ends
             training by `Preempted`, a SystemExit of status 75, when the step is finished and a
-            checkpoint written.
+            checkpoint written; where it comes in the middle of validation, after that.
         resume: go on from the last good checkpoint, if there is one, with all the same arguments
             (`epochs` may be more, `mesh` and `sharding` others). On the same devices that gives
             the bits of a run that was never stopped, on others the same to rounding. False: a
@@ -161,9 +161,8 @@ def fit(
             `NonFiniteError`. "skip": leave that step out. "rollback": back to where all was well
             last, at most 200 steps before, and on with the batches behind (Chowdhery et al., PaLM:
             scaling language modeling with pathways (2022), section 5.1). The steps without effect
-            are counted, in the history as "skipped"; a run that SIGTERM ended in the middle of such
-            a window goes back less far, and is then not the same bit by bit. After 100 skipped in a
-            row, or 10 times back, it raises.
+            are counted, in the history as "skipped"; after 100 skipped in a row, or 10 times back,
+            it raises.
         progress: whether to show progress on stderr; None: a bar for a terminal or a notebook,
             lines for a log file.
 
@@ -330,9 +329,13 @@ def _each(
         if kept is None:
             return
         came, every = watch.came(run.at.step), kept.store.options.every
-        if came or (every is not None and run.at.step % every == 0):
+        if came:
+            run.stop(history)
+        elif every is not None and run.at.step % every == 0:
             run.look(history)
-            kept.save(number)
+        else:
+            return
+        kept.save(number)
         if came:
             kept.leave()
 

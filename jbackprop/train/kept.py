@@ -60,13 +60,14 @@ def configuration_of(
     if private is not None and privacy is not None:
         found["private"] = repr(private)
         found["noise_multiplier"] = privacy.noise_multiplier  # follows from epsilon and the epochs
-    else:  # who knew its key would know the noise
+    else:  # who knew a private one's key would know the noise
         data_of_key = key if key.dtype == np.uint32 else jax.random.key_data(key)
         found["key"] = hashlib.sha256(np.asarray(data_of_key).tobytes()).hexdigest()[:16]
     if isinstance(data, Examples):
         found["batch_size"] = size
+        closed = data.mapped or private is not None  # not read, or nobody's to check a guess by
         found["data"] = [
-            f"{leaf.dtype} {leaf.shape}" + ("" if data.mapped else f", CRC {_crc(leaf):08x}")
+            f"{leaf.dtype} {leaf.shape}" + ("" if closed else f", CRC {_crc(leaf):08x}")
             for leaf in jax.tree.leaves((data.x, data.y))
         ]
     return found

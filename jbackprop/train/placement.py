@@ -86,7 +86,14 @@ class Placement:
     def params(self, params: PyTree) -> PyTree:
         """The parameters, in their places."""
         if self.mesh is None:
-            return jax.tree.map(jnp.asarray, params)
+            there = jax.tree.map(jnp.asarray, params)
+            many = max((len(p.sharding.device_set) for p in jax.tree.leaves(there)), default=1)
+            if many > 1:
+                raise ValueError(
+                    f"the parameters lie on {many} devices: give the mesh to train on, mesh=, or "
+                    "take them to one device by jax.device_get"
+                )
+            return there
         return place(self._net, params, self.mesh, self._sharding)
 
     def like(self, params: PyTree, state: PyTree) -> PyTree:

@@ -31,6 +31,10 @@ class Position:
     in_a_row: int = 0
     loader: Any = None
 
+    def copy(self) -> Position:
+        """The same, which does not move."""
+        return dataclasses.replace(self, sums=dict(self.sums))
+
     def to_json(self) -> dict[str, Any]:
         found = dataclasses.asdict(self)
         if isinstance(self.loader, bytes):

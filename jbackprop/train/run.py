@@ -112,7 +112,7 @@ class Run:
         )
         self._feed = data if isinstance(data, Loaded) else self._feed_of(data)
         self._waiting: list[tuple[Batch, Any]] = []
-        self._before = self._sound = (self.params, self.opt_state, 0)
+        self._before = self._sound = (self.params, self.opt_state, self.at)
 
     def _begin(self) -> PyTree:
         def init(params: PyTree) -> PyTree:
@@ -170,7 +170,7 @@ class Run:
         Returns:
             The means over the epoch's examples of the loss and the metrics.
         """
-        self._before = (self.params, self.opt_state, self.at.step)
+        self._before = (self.params, self.opt_state, self.at.copy())
         feed = self._feed.batches(number, self.at.index, self.at.loader)
         with contextlib.closing(feed):  # type: ignore[type-var]
             for batch, last in with_last(feed):
@@ -261,12 +261,22 @@ class Run:
             self._explain(waiting, history)
         if sound and policy == "rollback":
             at.in_a_row = 0
-        self._before = self._sound = (self.params, self.opt_state, at.step)
+        self._before = self._sound = (self.params, self.opt_state, at.copy())
 
     def go_on(self, params: PyTree, opt_state: PyTree, at: Position) -> None:
         """From a checkpoint."""
         self.params, self.opt_state, self.at = params, opt_state, at
-        self._sound = (params, opt_state, at.step)
+        self._sound = (params, opt_state, at)
+
+    def stop(self, history: Any) -> None:
+        """To be gone on from elsewhere: with all looked at, or nothing done since the last look.
+
+        "rollback" goes back to a look: one out of turn would be gone back to instead.
+        """
+        if self._task.nonfinite != "rollback":
+            self.look(history)
+        else:
+            self.params, self.opt_state, self.at = self._before
 
     def settle(self) -> None:
         """After an interruption: back to the last parameters looked at, if these are not finite."""
@@ -275,7 +285,7 @@ class Run:
 
     def _explain(self, waiting: list[tuple[Batch, Any]], history: Any) -> None:
         """Take the steps again, one by one, up to the one that went wrong, and say where."""
-        params, opt_state, self.at.step = self._before
+        params, opt_state, self.at.step = *self._before[:2], self._before[2].step
         for batch, _ in waiting:
             key = self._draw()
             new, after, means = self._advance(params, opt_state, batch)
