@@ -60,14 +60,20 @@ def damages(step):
             (folder / name).write_bytes(data)
 
         yield f"{name} empty", cut
-        yield f"{name} cut", lambda folder, cut=cut, size=size: cut(folder, left=max(size - 1, 0))
         if size:
+            yield f"{name} cut", lambda folder, cut=cut, size=size: cut(folder, left=size - 1)
             yield f"{name} flipped", flip
+        if size > 3:
+            yield f"{name} halved", lambda folder, cut=cut, size=size: cut(folder, left=size // 2)
         yield f"{name} gone", lambda folder, name=name: (folder / name).unlink()
 
     def empty(folder):
         shutil.rmtree(folder / step.name)
         (folder / step.name).mkdir()
+
+    def a_file(folder):
+        shutil.rmtree(folder / step.name)
+        (folder / step.name).write_text("mine")
 
     def stray(folder):
         (folder / "README").write_text("mine")
@@ -82,6 +88,7 @@ def damages(step):
         file.write_text(text[:digit] + str(9 - int(text[digit])) + text[digit + 1 :])
 
     yield "an empty step", empty
+    yield "a file for a step", a_file
     yield "other record", other_record
     yield "stray files", stray
     yield "other values", lambda folder: other_values(folder / step.name)
@@ -135,13 +142,18 @@ def main(root):
         if epoch.number == 2:  # from now on as on a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (64, soft[1]))
 
-    told = "could not be written into .*start again with resume=True"
-    with pytest.raises(jb.CheckpointError, match=f"(?s){told}"):
+    with pytest.raises(jb.CheckpointError) as caught:
         fit(full, callbacks=[fill])
     resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+    there = sorted(int(p.name) for p in full.iterdir() if p.name.isdigit())
+    assert 5 in there, "what was written before is"
+    said = str(caught.value)
+    assert f"could not be written into {full}: " in said
+    remedy = "are there: make room, and start again with resume=True"
+    assert said.endswith(f"Those of {', '.join(map(str, there))} {remedy}"), said
     found = fit(full, resume=True)
     assert same(found, never)
-    assert found.resumed_from is not None
+    assert found.resumed_from == there[-1]
     print(json.dumps(ends))
 
 

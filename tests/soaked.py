@@ -1,8 +1,10 @@
 """A long training run in miniature: prints, as JSON, what it costs a quarter at a time.
 
-Beyond 10,000 steps no checkpoints are written: Orbax keeps some memory with each.
+Memory is that at the end of each quarter; the time of a step has its share of the checkpoints.
 
-python tests/soaked.py FOLDER STEPS
+    python tests/soaked.py FOLDER STEPS [bare]
+
+With `bare` there are no checkpoints: Orbax keeps some memory with each.
 """
 
 import json
@@ -18,6 +20,8 @@ import optax
 import jbackprop as jb
 from jbackprop.train import run
 
+EPOCHS = 20  # and as many checkpoints
+
 
 def resident():
     """Bytes of memory that the process has."""
@@ -25,28 +29,31 @@ def resident():
     return pages * 4096
 
 
-def main(folder, steps):
+def main(folder, steps, bare=False):
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(400, 4)).astype("float32"), rng.integers(0, 2, 400)
+    n = 4 * steps // EPOCHS
+    x, y = rng.normal(size=(n, 4)).astype("float32"), rng.integers(0, 2, n)
     net = jb.Sequential(jb.Dense(4, 8), jb.Tanh(), jb.Dropout(0.1), jb.Dense(8, 2))
-    epochs, seen, traces = steps // 100, [], run._step._cache_size()
+    seen, traces = [(time.perf_counter(), 0)], run._step._cache_size()
     fit = jb.fit(
         net, jb.SoftmaxCrossEntropy(), net.init(jax.random.key(0)), (x, y), optax.adam(1e-3),
-        epochs=epochs, batch_size=4, key=jax.random.key(1), progress=False,
-        checkpoints=jb.Checkpoints(folder / "kept", every=10**9) if epochs <= 100 else None,
-        callbacks=[lambda epoch: seen.append((time.perf_counter(), resident()))],
+        epochs=EPOCHS, batch_size=4, key=jax.random.key(1), progress=False,
+        checkpoints=None if bare else jb.Checkpoints(folder / "kept", keep=EPOCHS),
+        callbacks=[
+            jb.CSVLogger(folder / "log.csv"),
+            lambda epoch: seen.append((time.perf_counter(), resident())),
+        ],
     )  # fmt: skip
-    quarters = [seen[i * epochs // 4 : (i + 1) * epochs // 4] for i in range(4)]
+    took = 1e6 * np.diff([at for at, _ in seen]) / (steps // EPOCHS)
     print(
         json.dumps(
             {
                 "steps": steps,
+                "checkpoints": 0 if bare else len(list((folder / "kept").iterdir())),
                 "compiled": run._step._cache_size() - traces,
-                "memory_mb": [
-                    round(statistics.median(m for _, m in q) / 2**20, 1) for q in quarters
-                ],
+                "memory_mb": [round(seen[q * EPOCHS // 4][1] / 2**20, 1) for q in range(1, 5)],
                 "microseconds_a_step": [
-                    round(1e4 * statistics.median(np.diff([t for t, _ in q])), 1) for q in quarters
+                    round(statistics.median(quarter), 1) for quarter in np.split(took, 4)
                 ],
                 "loss": fit.history["loss"][-1],
             }
@@ -55,4 +62,4 @@ def main(folder, steps):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), "bare" in sys.argv)

@@ -5,6 +5,7 @@ Each is a script beside this file, in a process of its own.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,17 +17,20 @@ pytestmark = pytest.mark.newest
 HERE = Path(__file__).parent
 
 
-def run(script, *args, devices=1):
-    done = subprocess.run(
-        [sys.executable, HERE / script, *map(str, args)], capture_output=True, text=True,
-        check=False, timeout=560,
-        env=os.environ | {
-            "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
-            "JAX_PLATFORMS": "cpu",
-        },
+def started(script, *args, devices=1):
+    flags = f"{QUICK} --xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, HERE / script, *map(str, args)], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(script, *args, devices=1):
+    with started(script, *args, devices=devices) as process:
+        out, err = process.communicate(timeout=560)
+    assert process.returncode == 0, out[-3000:] + err[-6000:]
+    return json.loads(out.splitlines()[-1])
 
 
 def test_a_run_killed_fifty_times_ends_as_the_one_that_never_was(tmp_path):
@@ -35,6 +39,17 @@ def test_a_run_killed_fifty_times_ends_as_the_one_that_never_was(tmp_path):
     assert found["finished"] >= 1
     assert found["resumed"] >= 40
     assert found["mid_write"] >= 5
+
+
+def test_a_process_that_is_told_to_end_leaves_with_75_and_goes_on(tmp_path):
+    with started("terminated.py", tmp_path / "run") as process:
+        assert process.stdout.readline() == "reading\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=560)
+    assert (process.returncode, out) == (75, ""), err[-6000:]
+    kept = [int(p.name) for p in (tmp_path / "run").iterdir()]
+    assert 0 < max(kept) < 20
+    assert run("terminated.py", tmp_path / "run") == run("terminated.py")
 
 
 def test_damaged_checkpoints_and_a_full_disk(tmp_path):
@@ -64,5 +79,6 @@ def test_memory_stays_and_one_program_is_compiled(tmp_path):
     """benchmarks/results/soak.json has the same of 100,000 steps."""
     found = run("soaked.py", tmp_path, 20_000)
     assert found["compiled"] == 1
+    assert found["checkpoints"] == 20
     first, *_, last = found["memory_mb"]
     assert last - first < 2, found

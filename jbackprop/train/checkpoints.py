@@ -213,7 +213,8 @@ class Store:
         Raises:
             CheckpointError: all there are are damaged, or they are of another run.
         """
-        damaged: dict[int, str] = {}
+        odd = (p for p in self.folder.iterdir() if p.name.isdigit() and not p.is_dir())
+        damaged = {int(p.name): "it is a file, and no folder" for p in odd}  # Orbax passes it over
         for step in reversed(self.steps):
             try:
                 found = self._read(step, templates)
