@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import jbackprop as jb
-from jbackprop.train import run
+from jbackprop.train.step import step
 
 EPOCHS = 20  # and as many checkpoints
 
@@ -34,7 +34,7 @@ def main(folder, steps, bare=False):
     n = 4 * steps // EPOCHS
     x, y = rng.normal(size=(n, 4)).astype("float32"), rng.integers(0, 2, n)
     net = jb.Sequential(jb.Dense(4, 8), jb.Tanh(), jb.Dropout(0.1), jb.Dense(8, 2))
-    seen, traces = [(time.perf_counter(), 0)], run._step._cache_size()
+    seen, traces = [(time.perf_counter(), 0)], step._cache_size()
     fit = jb.fit(
         net, jb.SoftmaxCrossEntropy(), net.init(jax.random.key(0)), (x, y), optax.adam(1e-3),
         epochs=EPOCHS, batch_size=4, key=jax.random.key(1), progress=False,
@@ -50,7 +50,7 @@ def main(folder, steps, bare=False):
             {
                 "steps": steps,
                 "checkpoints": 0 if bare else len(list((folder / "kept").iterdir())),
-                "compiled": run._step._cache_size() - traces,
+                "compiled": step._cache_size() - traces,
                 "memory_mb": [round(seen[q * EPOCHS // 4][1] / 2**20, 1) for q in range(1, 5)],
                 "microseconds_a_step": [
                     round(statistics.median(quarter), 1) for quarter in np.split(took, 4)

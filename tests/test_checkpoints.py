@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jbackprop as jb
-from jbackprop.train.checkpoints import fingerprint
+from jbackprop.train.fingerprints import fingerprint
 
 NET = jb.mlp([4, 8, 3])
 LOSS = jb.SoftmaxCrossEntropy()

@@ -16,7 +16,7 @@ from sklearn.datasets import load_iris
 from truth import assert_close, mean_cost, relative
 
 import jbackprop as jb
-from jbackprop.train import checks, placement, progress, run
+from jbackprop.train import checks, placement, progress, run, step
 
 NET = jb.mlp([4, 8, 3])
 LOSS = jb.SoftmaxCrossEntropy()
@@ -245,7 +245,7 @@ def test_ctrl_c_never_returns_parameters_that_are_not_finite(params):
         return jax.tree.map(lambda g: g * jnp.where(state == 1, jnp.nan, 1.0), grads), state + 1
 
     poisoned = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros((), int), update)
-    task = run.Task(NET, LOSS, poisoned, ())
+    task = step.Task(NET, LOSS, poisoned, ())
     place = placement.Placement(NET, params, None, None)
     data = checks.check_data("data", checks.Fitting(NET, LOSS, params), (X, Y))
     state = run.Run(task, params, data, 50, jax.random.key(0), place)
@@ -268,12 +268,12 @@ def test_numpys_integers_are_integers(params):
 
 
 def test_one_compilation_for_equal_calls(params):
-    step = run._step
+    compiled = step.step
     optimizer = optax.sgd(0.123)
-    before = step._cache_size()
+    before = compiled._cache_size()
     for _ in range(3):
         fit(params, optimizer, batch_size=50)
-    assert step._cache_size() == before + 1
+    assert compiled._cache_size() == before + 1
 
 
 def test_the_error_pickles():

@@ -30,7 +30,8 @@ from jbackprop.train.preemption import Watch
 from jbackprop.train.private import Private, PrivateRun
 from jbackprop.train.progress import Progress
 from jbackprop.train.ruled import RuledRun
-from jbackprop.train.run import NonFinite, Run, Task
+from jbackprop.train.run import Run
+from jbackprop.train.step import NonFinite, Task
 from jbackprop.train.stopping import EarlyStopping, Keeper
 
 
@@ -235,7 +236,7 @@ def fit(
         elif private is None:
             run = Run(task, params, given, size, key, place)
         else:
-            run = PrivateRun(task, params, given, size, key, place, private, epochs)
+            run = PrivateRun(private, epochs, task, params, given, size, key, place)
         keeper = Keeper(early_stopping, run.params)
         about = {}
         if checkpoints is not None or jax.process_count() > 1:

@@ -24,7 +24,8 @@ from jbackprop.train.checks import Examples
 from jbackprop.train.data import Loaded
 from jbackprop.train.position import Position
 from jbackprop.train.private import Private
-from jbackprop.train.run import Run, Task
+from jbackprop.train.run import Run
+from jbackprop.train.step import Task
 from jbackprop.train.stopping import Keeper
 
 

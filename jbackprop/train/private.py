@@ -26,12 +26,11 @@ from jbackprop.per_example.clipping import (
 from jbackprop.per_example.source import Deferred, check_microbatch
 from jbackprop.structure import trainable_mask
 from jbackprop.train.accounting import Privacy, epsilon_of, noise_multiplier
-from jbackprop.train.checks import Examples
 from jbackprop.train.data import Batch, Loaded, Order, Picked, take
 from jbackprop.train.evaluation import measure
-from jbackprop.train.placement import Placement
 from jbackprop.train.position import Position
-from jbackprop.train.run import Run, Task, ended, plain_updates
+from jbackprop.train.run import Run
+from jbackprop.train.step import Task, ended, plain_updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,19 +95,13 @@ class Private:
 class PrivateRun(Run):
     """The same, by DP-SGD."""
 
-    def __init__(
-        self,
-        task: Task,
-        params: PyTree,
-        data: Examples | Loaded,
-        size: int,
-        key: Array,
-        place: Placement,
-        private: Private,
-        epochs: int,
-    ):
+    def __init__(self, private: Private, epochs: int, *others: Any):
+        self._private, self._epochs = private, epochs
+        super().__init__(*others)
+
+    def _prepared(self, task: Task) -> Task:
         refuse_coupling(task.net, "the gradient of one of them")
-        if isinstance(data, Loaded):
+        if isinstance(self._data, Loaded):
             raise ValueError(
                 "private training draws its own batches (Poisson sampling): give data as (x, y), "
                 "arrays or memory maps, not as a loader"
@@ -118,18 +111,17 @@ class PrivateRun(Run):
                 f"nonfinite={task.nonfinite!r} would tell of the private data which steps were "
                 'thrown away: private training has "raise" only'
             )
-        task = dataclasses.replace(task, scheme=private.scheme, microbatch=private.microbatch)
-        self._private, self._steps = private, -(-data.n // size)
-        self._probability = size / data.n
-        self._multiplier = private.multiplier(self._probability, epochs * self._steps)
+        private, size, n = self._private, self._size, self._data.n
+        self._steps, self._probability = -(-n // size), size / n
+        self._multiplier = private.multiplier(self._probability, self._epochs * self._steps)
         # Two streams apart from those of `Run`: to draw the examples, and for the noise.
-        sampling, self._noise = jax.random.split(jax.random.fold_in(key, 2**32 - 1))
+        sampling, self._noise = jax.random.split(jax.random.fold_in(self._key, 2**32 - 1))
         self._sampling = np.asarray(jax.random.key_data(sampling)).ravel().tolist()
         self._begun = 0  # steps: counted before they are done, so that an interruption hides none
         self.privacy()  # it raises now rather than after all is done
-        capacity = _capacity(size, data.n)
-        self._places = capacity + -capacity % place.shards
-        super().__init__(task, params, data, size, key, place)
+        capacity = _capacity(size, n)
+        self._places = capacity + -capacity % self._place.shards
+        return dataclasses.replace(task, scheme=private.scheme, microbatch=private.microbatch)
 
     def privacy(self) -> Privacy:
         return self._private.report(self._multiplier, self._probability, self._begun)

@@ -16,8 +16,8 @@ from jbackprop.structure import walk
 from jbackprop.train.checks import Examples
 from jbackprop.train.data import Batch, Loaded, take
 from jbackprop.train.evaluation import measure
-from jbackprop.train.placement import Placement
-from jbackprop.train.run import Run, Task, ended, plain_updates
+from jbackprop.train.run import Run
+from jbackprop.train.step import Task, ended, plain_updates
 
 _STREAM = 2**32 - 2  # apart from those of `Run` and of private training
 
@@ -25,27 +25,18 @@ _STREAM = 2**32 - 2  # apart from those of `Run` and of private training
 class RuledRun(Run):
     """The same, by a rule of `jbackprop.credit`. Its state goes with the optimizer's, in a pair."""
 
-    def __init__(
-        self,
-        task: Task,
-        params: PyTree,
-        data: Examples | Loaded,
-        size: int,
-        key: Array,
-        place: Placement,
-    ):
+    def _prepared(self, task: Task) -> Task:
         assert task.rule is not None
         if task.rule.loss not in (None, task.loss):
             raise ValueError(
                 f"fit has the loss {task.loss}, but the rule {task.rule.loss}: give one of them"
             )
-        if isinstance(data, Loaded):
+        if isinstance(self._data, Loaded):
             raise ValueError(
                 "a rule is made for the shapes of the examples: give data as (x, y), arrays or "
                 "memory maps, not as a loader"
             )
-        task = dataclasses.replace(task, rule=dataclasses.replace(task.rule, loss=task.loss))
-        super().__init__(task, params, data, size, key, place)
+        return dataclasses.replace(task, rule=dataclasses.replace(task.rule, loss=task.loss))
 
     def _begin(self) -> PyTree:
         assert self._task.rule is not None

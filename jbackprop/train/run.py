@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,7 @@ from jax import Array
 from jbackprop import credit
 from jbackprop.averages import State, fold_batch_norm, mean_averages
 from jbackprop.diagnose.nonfinite import first_nonfinite
-from jbackprop.factored import PyTree, weighted, wide_dtype
-from jbackprop.losses import Loss
-from jbackprop.objective import costs, value_grad_outputs
-from jbackprop.per_example.clipping import Scheme
+from jbackprop.factored import PyTree
 from jbackprop.sweep import Node
 from jbackprop.train.accounting import Privacy
 from jbackprop.train.checks import Examples
@@ -35,12 +32,9 @@ from jbackprop.train.data import (
     take,
     with_last,
 )
-from jbackprop.train.evaluation import Metric, measure
-from jbackprop.train.placement import Layout, Placement
+from jbackprop.train.placement import Placement
 from jbackprop.train.position import Position
-
-NonFinite = Literal["raise", "skip", "rollback"]
-"""What training does about a step whose loss or update is not finite."""
+from jbackprop.train.step import Task, finite, step
 
 _LOOK_EVERY = 200  # steps between two looks at the losses; a look waits for the device
 _HELD = 1 << 28  # bytes of batches that may wait for a look
@@ -65,31 +59,6 @@ class NonFiniteError(FloatingPointError):
         return type(self), (str(self), self.step, self.place, self.params, self.history)
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What is fixed while training, and hashable: the static part of a step.
-
-    `rule` assigns the credit where it is not backpropagation; `scheme` and `microbatch` are of
-    private training; `layout` is that of the parameters and the optimizer's state, and `grads`
-    that of the parameters alone, on a mesh.
-    """
-
-    net: Node
-    loss: Loss
-    optimizer: optax.GradientTransformation
-    metrics: tuple[tuple[str, Metric], ...]
-    rule: credit.Rule | None = None
-    nonfinite: NonFinite = "raise"
-    scheme: Scheme | None = None
-    microbatch: int | None = None
-    layout: Layout | None = None
-    grads: Layout | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(name for name, _ in self.metrics)
-
-
 class Run:
     """The state of a training run, and its way through an epoch."""
 
@@ -103,7 +72,8 @@ class Run:
         place: Placement,
     ):
         self._size, self._key, self._place = size, key, place
-        self._task, self._data = task, data
+        self._data = data
+        self._task = task = self._prepared(task)
         self.at = Position()
         self.params = place.params(params)
         self.opt_state = self._begin()
@@ -113,6 +83,10 @@ class Run:
         self._feed = data if isinstance(data, Loaded) else self._feed_of(data)
         self._waiting: list[tuple[Batch, Any]] = []
         self._before = self._sound = (self.params, self.opt_state, self.at)
+
+    def _prepared(self, task: Task) -> Task:
+        """The task as a run of this kind has it; here it refuses what it cannot do."""
+        return task
 
     def _begin(self) -> PyTree:
         def init(params: PyTree) -> PyTree:
@@ -219,7 +193,7 @@ class Run:
 
     def _advance(self, params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[Any, Any, Any]:
         """One step."""
-        return _step(
+        return step(
             self._task, params, opt_state, batch.x, batch.y, batch.indices, batch.weights,
             self._draw(),
         )  # fmt: skip
@@ -328,85 +302,3 @@ def _all_finite(tree: PyTree) -> bool:
 @jax.jit
 def _finite(tree: PyTree) -> Array:
     return finite(tree)
-
-
-def finite(tree: PyTree) -> Array:
-    """Whether all is, in a tree of arrays; integers and keys are."""
-    leaves = [v for v in jax.tree.leaves(tree) if jnp.issubdtype(v.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in [*leaves, jnp.zeros(())]]))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _step(
-    task: Task,
-    params: PyTree,
-    opt_state: PyTree,
-    x: Any,
-    y: Any,
-    indices: Any,
-    weights: Any,
-    key: Array | None,
-) -> tuple[PyTree, PyTree, dict[str, Array]]:
-    """One step: new parameters and state, and the means over the batch of loss and metrics."""
-    x, y = take(x, indices), take(y, indices)
-    shares = None
-    if weights is not None:
-        dtype = wide_dtype(jnp.result_type(*jax.tree.leaves(params), jnp.float16))
-        shares = weights.astype(dtype) / jnp.sum(weights, dtype=dtype)
-    value, grads, outputs = value_grad_outputs(
-        task.net, task.loss, params, x, y, shares, key, outputs=bool(task.metrics)
-    )
-    if task.grads is not None:
-        grads = task.grads.hold(grads)
-
-    # For optimizers that search along a line, or ask for the curvature.
-    def value_fn(params: PyTree, batch: Any = None, batch_key: Any = None) -> Array:
-        return mean(costs(task.net, task.loss, params, x, y, key), shares)  # Optax hands them on
-
-    updates, next_state = optax.with_extra_args_support(task.optimizer).update(
-        grads, opt_state, params,
-        value=value, grad=grads, value_fn=value_fn, batch=(x, y), batch_key=key,
-    )  # fmt: skip
-    means = {"loss": value} | {k: mean(v, shares) for k, v in measure(task.metrics, outputs, y)}
-    return ended(task, params, opt_state, grads, updates, next_state, means)
-
-
-def mean(values: Array, shares: Array | None) -> Array:
-    """Of one value for each example, (B,); shares (B,) sum to 1."""
-    return jnp.mean(values) if shares is None else jnp.sum(weighted(shares, values))
-
-
-def ended(
-    task: Task,
-    params: PyTree,
-    state: PyTree,
-    grads: PyTree,
-    updates: PyTree,
-    next_state: PyTree,
-    means: dict[str, Array],
-) -> tuple[PyTree, PyTree, dict[str, Array]]:
-    """What a step ends with: its update applied, or with "skip", if it is not finite, not."""
-    new = optax.apply_updates(params, updates)
-    if task.nonfinite == "skip":
-        fine = finite((means["loss"], grads, new))
-        new, next_state = jax.tree.map(
-            lambda after, before: jnp.where(fine, after, before), (new, next_state), (params, state)
-        )
-        means = means | {"loss": jnp.where(fine, means["loss"], jnp.nan)}
-    if task.layout is not None:
-        new, next_state = task.layout.hold((new, next_state))
-    return new, next_state, means
-
-
-def plain_updates(
-    task: Task, grads: PyTree, opt_state: PyTree, params: PyTree, why: str, **extra: Any
-) -> tuple[PyTree, PyTree]:
-    """What an optimizer makes of a gradient that asks for no cost; one that does is refused."""
-    try:
-        return optax.with_extra_args_support(task.optimizer).update(
-            grads, opt_state, params, **extra
-        )
-    except TypeError as error:
-        if "keyword-only" not in str(error):
-            raise
-        raise TypeError(f"the optimizer asks for the cost, {why}: {error}") from error

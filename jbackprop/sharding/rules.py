@@ -1,20 +1,4 @@
-"""Where the parameters and the examples lie on a mesh of devices: rules by path of the parameter.
-
-A rule of this library says nothing of devices. It computes with arrays, and where these lie on a
-mesh, XLA splits the computation as they are split, and puts the collectives in:
-
-    data parallel       the examples are split, every parameter is whole on each device; the
-                        gradient is summed over the devices
-    FSDP                the parameters, and with them gradient and optimizer state, are split too;
-                        each is gathered where it is used, and its gradient summed and scattered
-    tensor parallel     a layer's weights are split, and its outputs with them
-
-A `Sharding` says which, for a network; `place` puts parameters where it says. Numbers are the same
-with any, up to rounding. `docs/scaling.md` has what each sends. The mesh may have automatic axes
-or, from JAX 0.7.0 on, explicit ones. With explicit ones a gradient lies where its parameter does.
-With automatic ones the compiler decides, as with every JAX program, unless the `jax.jit` around
-says it (`out_shardings`): say it, so that gradients of FSDP are never whole. `fit` does.
-"""
+"""A `Sharding`: rules by the path of a parameter, and the arrays that are split by it."""
 
 from __future__ import annotations
 
@@ -29,14 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jbackprop import layers
 from jbackprop.checks import check_sizes
-from jbackprop.compose import Checkpoint, FanOut, Frozen, Parallel, Sequential
 from jbackprop.factored import PyTree
 from jbackprop.gradient import check_net
-from jbackprop.layers.elementwise import Weightless
 from jbackprop.structure import rebuild, stack_axes
-from jbackprop.sweep import Composite, Node
+from jbackprop.sweep import Node
 
 Axes = str | tuple[str, ...] | None
 """One axis of a mesh, several (the first changes slowest), or none."""
@@ -81,7 +62,7 @@ class Sharding:
     def __post_init__(self) -> None:
         check_sizes(self, "smallest", least=0)
         for name in ("batch", "fsdp"):
-            _check_axes(f"Sharding: {name}", getattr(self, name))
+            check_axes(f"Sharding: {name}", getattr(self, name))
         if not isinstance(self.rules, tuple | list):
             raise TypeError(f"Sharding: rules must be a tuple of pairs, not {self.rules!r}")
         for rule in self.rules:
@@ -213,121 +194,6 @@ def fsdp(axis: Axes = "data", smallest: int = 4096) -> Sharding:
     return Sharding(batch=axis, fsdp=axis, smallest=smallest)
 
 
-def tensor_parallel(
-    net: Node, axis: str = "model", batch: Axes = "data", fsdp: Axes = None, smallest: int = 4096
-) -> Sharding:
-    """Rules that split the weights of a network over an axis of the mesh, in pairs.
-
-    Of two `Dense` with nothing between but what works feature by feature or head by head, the first
-    is split by its outputs (columns, and its bias), the second by its inputs (rows): what is
-    between is split likewise, and only the second one's output is summed over the devices. So are
-    the queries, keys and values of attention and its output, the two halves of a transformer's mlp,
-    gated units, and two `Conv`, by channels. Tables of embeddings are split by ids, and so is a
-    `Dense` with as many outputs: the head of a language model.
-
-    Everything else is whole: a `Dense` or `Conv` without a partner, norms, recurrent layers.
-
-    A size that the axis does not divide is an error of `specs`, which knows the mesh; its message
-    has the rule that leaves the parameter whole.
-
-    The queries, keys and values of one `Dense` lie side by side, so that the columns of a device
-    are not those of its heads: XLA sends them on.
-
-    Args:
-        net: a layer or a composite.
-        axis: of the mesh.
-        batch: what the examples are split over.
-        fsdp: what the parameters are split over in addition.
-        smallest: how many entries make a parameter large, for `fsdp`.
-
-    Source: Shoeybi, Patwary, Puri, LeGresley, Casper and Catanzaro, Megatron-LM: training
-    multi-billion parameter language models using model parallelism (2019), section 3.
-    """
-    check_net(net)
-    _check_axes("tensor_parallel: axis", axis)
-    pairs = _Pairs(axis)
-    pairs.visit(net, "")
-    pairs.close()
-    return Sharding(tuple(pairs.rules), batch, fsdp, smallest)
-
-
-class _Pairs:
-    """The rules of `tensor_parallel`, made on a walk through a network.
-
-    `pending` are the layers split by columns since the features were last whole: they need one
-    split by rows behind them, or stay whole themselves.
-    """
-
-    def __init__(self, axis: str) -> None:
-        self.axis = axis
-        self.rules: list[Rule] = []
-        self.pending: list[tuple[str, Node]] = []
-        self.vocabularies: set[int] = set()
-
-    def visit(self, net: Node, path: str) -> None:
-        """Go through one layer."""
-        if isinstance(net, Sequential | Checkpoint | Frozen):
-            for name, child in net.children().items():
-                self.visit(child, _join(path, name))
-        elif isinstance(net, FanOut | Parallel):
-            self._branches(net, path)
-        elif isinstance(net, Composite):
-            for name, child in net.children().items():
-                self.close()
-                self.visit(child, _join(path, name))
-            self.close()
-        elif isinstance(net, layers.Dense) or (isinstance(net, layers.Conv) and net.groups == 1):
-            if self.pending:
-                self._columns()
-                self._rule(path, "w", self.axis, None)
-            else:
-                self.pending = [(path, net)]
-        elif isinstance(net, layers.Embedding):
-            self.close()
-            self._rule(path, "w", self.axis, None)
-            self.vocabularies.add(net.vocab)
-        elif not _passes(net):
-            self.close()
-
-    def close(self) -> None:
-        """The features are whole from here: what waits for rows stays whole, but for a head."""
-        self.pending = [
-            (path, layer) for path, layer in self.pending
-            if isinstance(layer, layers.Dense) and layer.q in self.vocabularies
-        ]  # fmt: skip
-        self._columns()
-
-    def _branches(self, net: Composite, path: str) -> None:
-        """Side by side: what is split in any of them waits for what is behind the join."""
-        if isinstance(net, Parallel) and all(map(_passes, net.children().values())):
-            return
-        self.close()
-        waiting = []
-        for name, child in net.children().items():
-            self.visit(child, _join(path, name))
-            waiting += self.pending
-            self.pending = []
-        self.pending = waiting
-
-    def _columns(self) -> None:
-        for path, layer in self.pending:
-            self._rule(path, "w", None, self.axis)
-            if layer.bias:  # type: ignore[attr-defined]
-                self._rule(path, "b", self.axis)
-        self.pending = []
-
-    def _rule(self, path: str, leaf: str, *entries: str | None) -> None:
-        name = re.escape(f"{path or 'net'}.{leaf}")
-        self.rules.append((f"^{name}$", PartitionSpec(*entries)))
-
-
-def _passes(net: Node) -> bool:
-    """Whether it works feature by feature or head by head, as far as splitting them goes."""
-    if isinstance(net, layers.Reshape | layers.Softmax | layers.Concatenate):
-        return False
-    return isinstance(net, Weightless | layers.GroupNorm | layers.InstanceNorm)
-
-
 def place(net: Node, params: PyTree, mesh: Mesh, sharding: Sharding) -> PyTree:
     """The parameters on the mesh, split as the sharding has it.
 
@@ -426,7 +292,8 @@ def check_mesh(mesh: Any) -> None:
         raise TypeError(f"mesh must be a jax.sharding.Mesh, as jax.make_mesh gives: {mesh!r}")
 
 
-def _check_axes(what: str, axes: Any) -> None:
+def check_axes(what: str, axes: Any) -> None:
+    """Raise unless they are names of axes, or None."""
     names = axes if isinstance(axes, tuple | list) else (axes,)
     if axes is not None and not all(isinstance(name, str) for name in names):
         raise TypeError(f"{what} must be the name of an axis of the mesh, or several: {axes!r}")
@@ -444,10 +311,6 @@ def _check_specs(specs: Any, tree: PyTree, what: str) -> None:
 
 def _key(key: Any) -> str:
     return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _names(axes: Any) -> tuple[str, ...]:
