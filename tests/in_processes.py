@@ -43,9 +43,16 @@ def own_part(epoch):
         yield X[mine], Y[mine]
 
 
-def fit(data, **options):
+def noisy_and_free():
+    """Its state has a key, and is made from what the parameters are."""
+    noise = optax.add_noise(0.01, 0.55, key=jax.random.key(3))
+    return optax.chain(noise, optax.contrib.schedule_free_sgd(0.1))
+
+
+def fit(data, optimizer=None, **options):
     found = jb.fit(
-        NET, LOSS, NET.init(jax.random.key(0)), data, optax.adam(0.01), epochs=5,
+        NET, LOSS, NET.init(jax.random.key(0)), data, optimizer or optax.adam(0.01),
+        epochs=5 if optimizer is None else 1,
         key=jax.random.key(PROCESS if "odd" in sys.argv else 1), validation=(X[:30], Y[:30]), progress=False,
         mesh=jax.make_mesh((4,), ("data",)), sharding=jb.sharding.fsdp(smallest=1), **options,
     )  # fmt: skip
@@ -65,7 +72,8 @@ def tell(epoch):
 def main():
     kept = {"checkpoints": jb.Checkpoints(FOLDER, every=4), "resume": True} if PROCESSES > 1 else {}
     arrays = fit((X, Y), batch_size=16, callbacks=[tell], **kept)
-    print(json.dumps({"arrays": arrays, "loader": fit(own_part)}), flush=True)
+    odd = fit((X, Y), noisy_and_free(), batch_size=16, callbacks=[lambda epoch: None])
+    print(json.dumps({"arrays": arrays, "loader": fit(own_part), "odd": odd}), flush=True)
 
 
 if __name__ == "__main__":

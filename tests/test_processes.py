@@ -82,7 +82,7 @@ def test_two_processes_killed_and_terminated_give_the_result_of_one(tmp_path):
     ours = [life.found() for life in two(tmp_path)]
     assert ours[0]["arrays"] == ours[1]["arrays"]
     assert ours[0]["arrays"]["from"] >= 18  # of 30
-    for kind in ("arrays", "loader"):
+    for kind in ("arrays", "loader", "odd"):
         for name in ("loss", "validation_loss"):
             one, many = (v[kind]["history"][name] for v in (alone, ours[0]))
             np.testing.assert_allclose(many, one, rtol=1e-12)
