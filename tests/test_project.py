@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jbackprop"
 ORDER = [
     ["factored", "checks", "mesh"], ["sweep"], ["structure"], ["layers"], ["compose"], ["losses"], ["gradient"],
-    ["objective", "observe", "sharding", "table"], ["averages", "capture", "per_example"], ["check"], ["curvature"], ["diagnose", "metrics", "optim", "summary"],
+    ["html", "objective", "observe", "sharding", "table"], ["averages", "capture", "per_example"], ["check"], ["curvature"], ["diagnose", "metrics", "optim", "summary"],
     ["credit"], ["saved"], ["train"], ["catalogue", "datasets", "bench"], ["demo"], ["cli"], ["__init__", "__main__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
