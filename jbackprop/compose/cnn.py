@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 from jbackprop.checks import size_of
-from jbackprop.compose.checks import check_activation
+from jbackprop.compose.checks import check_activation, check_shape, check_widths
 from jbackprop.compose.sequential import Sequential
 from jbackprop.layers import Conv, Dense, Flatten, MaxPool, Relu
 from jbackprop.layers.convolution import he_normal
@@ -72,29 +71,3 @@ def cnn(
         layers += [Dense(width, wider, w_init=he_normal), act]
         width = wider
     return Sequential(*layers, Dense(width, classes))
-
-
-def check_shape(net: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of one example as ints; raise unless it has spatial axes and one of channels."""
-    shape = check_widths(net, "shape", shape)
-    if len(shape) < 2:
-        raise ValueError(
-            f"{net}: shape must be that of one example with its channels, such as (28, 28, 1), "
-            f"not {shape}"
-        )
-    return shape
-
-
-def check_widths(net: str, name: str, widths: Sequence[int], least: int = 1) -> tuple[int, ...]:
-    """The sizes as ints; raise unless there are at least `least` of them, all of 1 or more."""
-    try:
-        sizes = tuple(operator.index(n) for n in widths)
-        if any(isinstance(n, bool) for n in widths):
-            raise TypeError
-    except TypeError:
-        raise ValueError(
-            f"{net}: {name} must be whole numbers, such as (16, 32), not {widths!r}"
-        ) from None
-    if len(sizes) < least or any(n < 1 for n in sizes):
-        raise ValueError(f"{net}: {name} must be {least} or more sizes of at least 1, not {sizes}")
-    return sizes

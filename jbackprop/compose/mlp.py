@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jbackprop.compose.checks import check_activation
-from jbackprop.compose.cnn import check_widths
+from jbackprop.compose.checks import check_activation, check_widths
 from jbackprop.compose.sequential import Sequential
 from jbackprop.layers import Dense, Tanh
 from jbackprop.sweep import Node
@@ -37,10 +36,6 @@ def mlp(
         )
     hidden = len(sizes) - 2
     activation = Tanh() if activation is None else activation
-    if isinstance(activation, type):
-        raise TypeError(
-            f"mlp: activation is the class {activation.__name__}; make an instance: add ()"
-        )
     if not isinstance(activation, Node | Sequence) or isinstance(activation, str):
         check_activation("mlp", activation, Tanh())
     check_activation("mlp", output, Tanh(), "output")

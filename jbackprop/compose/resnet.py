@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jbackprop.checks import size_of
-from jbackprop.compose.checks import check_activation
-from jbackprop.compose.cnn import check_shape, check_widths
+from jbackprop.compose.checks import check_activation, check_shape, check_widths
 from jbackprop.compose.sequential import Sequential
 from jbackprop.compose.skip import Skip
 from jbackprop.layers import Conv, Dense, GlobalAveragePool, GroupNorm, Relu
