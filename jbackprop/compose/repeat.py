@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.checks import check_key, check_sizes
 from jbackprop.compose.checks import check_layers
 from jbackprop.factored import PyTree, is_factored
-from jbackprop.layers.checks import check_key, check_sizes
 from jbackprop.sweep import Collect, Composite, Node, Trace, backward, forward, inside
 
 

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.checks import check_key
 from jbackprop.compose.checks import check_layers
 from jbackprop.compose.sequential import Sequential
 from jbackprop.factored import Outer, PyTree, Sum, is_factored
-from jbackprop.layers.checks import check_floating, check_key
+from jbackprop.layers.checks import check_floating
 from jbackprop.sweep import (
     Beheaded,
     Collect,

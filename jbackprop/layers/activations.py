@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.checks import check_flags, check_numbers
 from jbackprop.factored import PyTree, wide_dtype
-from jbackprop.layers.checks import check_flags, check_no_params, check_numbers
+from jbackprop.layers.checks import check_no_params
 from jbackprop.layers.elementwise import Elementwise
 from jbackprop.sweep import Trace
 

@@ -12,16 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.checks import check_flags, check_numbers, check_sizes
 from jbackprop.factored import PyTree, wide_dtype
-from jbackprop.layers.checks import (
-    check_flags,
-    check_floating,
-    check_no_params,
-    check_numbers,
-    check_sizes,
-    shown,
-)
-from jbackprop.layers.elementwise import Weightless
+from jbackprop.layers.checks import check_floating, check_no_params, shown
+from jbackprop.layers.weightless import Weightless
 from jbackprop.sweep import Trace
 
 WHOLE, PART = 256, 64

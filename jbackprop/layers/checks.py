@@ -8,12 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jbackprop.checks import check_flags as check_flags
-from jbackprop.checks import check_functions as check_functions
-from jbackprop.checks import check_key as check_key
-from jbackprop.checks import check_numbers as check_numbers
 from jbackprop.checks import check_params as check_floating_params
-from jbackprop.checks import check_sizes as check_sizes
 from jbackprop.factored import PyTree
 from jbackprop.sweep import Layer
 
@@ -27,13 +22,18 @@ def shown(layer: Any, *always: str) -> str:
     return f"{type(layer).__name__}({', '.join(first + rest)})"
 
 
-def check_floating(layer: Layer, x: Any) -> None:
-    """Raise unless one example is an array of floating-point numbers."""
+def check_array(layer: Layer, x: Any) -> None:
+    """Raise unless one example is one array."""
     if not hasattr(x, "dtype"):
         raise TypeError(
             f"{layer} needs one array for an example, not a {type(x).__name__}; behind a FanOut a "
             "join (Add, Multiply, Concatenate, ...) makes one"
         )
+
+
+def check_floating(layer: Layer, x: Any) -> None:
+    """Raise unless one example is an array of floating-point numbers."""
+    check_array(layer, x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"{layer} needs floating-point inputs, not {x.dtype}: use x.astype('float32')"
@@ -63,9 +63,15 @@ def check_no_params(layer: Layer, params: PyTree) -> None:
 def check_params(layer: Layer, params: PyTree, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise unless params are arrays of these shapes by name; () where there are none."""
     check_floating_params(params)
-    found, due = jax.tree.map(jnp.shape, params), shapes or ()
+    found, due = _shapes(params), shapes or ()
     if found != due:
         raise ValueError(
             f"these are not the parameters of {layer}: it needs shapes {due}, not {found}; "
             "make them with init, or pass those that belong to this network"
         )
+
+
+def _shapes(params: PyTree) -> PyTree:
+    if isinstance(params, dict):  # nearly always, and quickly: it is asked whenever one traces
+        return {name: jnp.shape(value) for name, value in params.items()}
+    return jax.tree.map(jnp.shape, params)

@@ -11,17 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn import initializers
 
+from jbackprop.checks import check_flags, check_functions, check_key, check_sizes
 from jbackprop.factored import Geometry, Patches, PyTree, Shift
 from jbackprop.layers import windows
-from jbackprop.layers.checks import (
-    check_features,
-    check_flags,
-    check_functions,
-    check_key,
-    check_params,
-    check_sizes,
-    shown,
-)
+from jbackprop.layers.checks import check_features, check_params, shown
 from jbackprop.layers.dense import Init, glorot_uniform
 from jbackprop.sweep import Layer, Trace
 

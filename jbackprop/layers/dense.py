@@ -11,15 +11,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.nn import initializers
 
+from jbackprop.checks import check_flags, check_functions, check_key, check_sizes
 from jbackprop.factored import Outer, PyTree, Shift
-from jbackprop.layers.checks import (
-    check_flags,
-    check_floating,
-    check_floating_params,
-    check_functions,
-    check_key,
-    check_sizes,
-)
+from jbackprop.layers.checks import check_floating, check_params
 from jbackprop.sweep import Beheaded, Layer, Trace
 
 Init = Callable[[Array, tuple[int, ...], Any], Array]
@@ -135,15 +129,8 @@ class Dense(Layer):
                 f"{self} needs {self.p} features on the last axis, but one example has the shape "
                 f"{x.shape}{hint}"
             )
-        check_floating_params(params)
-        shapes = {"w": (self.p, self.q)} | ({"b": (self.q,)} if self.bias else {})
-        found = (
-            {name: jnp.shape(value) for name, value in params.items()}
-            if isinstance(params, dict)
-            else jax.tree.map(jnp.shape, params)
-        )
-        if found != shapes:
-            raise ValueError(
-                f"these are not the parameters of {self}: it needs shapes {shapes}, not {found}; "
-                "make them with init, or pass those that belong to this network"
-            )
+        check_params(self, params, self._shapes)
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"w": (self.p, self.q)} | ({"b": (self.q,)} if self.bias else {})

@@ -11,7 +11,7 @@ from jax import Array
 
 from jbackprop.checks import check_numbers
 from jbackprop.factored import PyTree
-from jbackprop.layers.elementwise import Weightless
+from jbackprop.layers.weightless import Weightless
 from jbackprop.sweep import Trace
 
 

@@ -15,42 +15,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jbackprop.checks import check_functions
 from jbackprop.factored import PyTree
-from jbackprop.sweep import Layer, Trace
-
-
-class Weightless(Layer):
-    """A layer without parameters: init gives ().
-
-    Attributes:
-        moves: whether it only moves entries, and so takes integers too (which have no delta).
-    """
-
-    moves: ClassVar[bool] = False
-
-    def init(self, key: Array) -> tuple[()]:
-        return ()
-
-    def _check(self, params: PyTree, x: Array) -> None:
-        if jax.tree.leaves(params):
-            raise ValueError(
-                f"{self} has no parameters, so its place in params must be (), but these came: "
-                f"{jax.tree.map(jnp.shape, params)}; are they another network's?"
-            )
-        if not hasattr(x, "dtype"):
-            raise TypeError(
-                f"{self} needs one array for an example, not a {type(x).__name__}; behind a FanOut "
-                "a join (Add, Multiply, Concatenate, ...) makes one"
-            )
-        if not self.moves and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(
-                f"{self} needs floating-point inputs, not {x.dtype}: use x.astype('float32')"
-            )
+from jbackprop.layers.weightless import Weightless
+from jbackprop.sweep import Trace
 
 
 class Elementwise(Weightless):

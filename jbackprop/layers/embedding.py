@@ -11,14 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jbackprop.checks import check_functions, check_key, check_sizes
 from jbackprop.factored import Lookup, PyTree, Shift
-from jbackprop.layers.checks import (
-    check_features,
-    check_functions,
-    check_key,
-    check_params,
-    check_sizes,
-)
+from jbackprop.layers.checks import check_features, check_params
 from jbackprop.layers.dense import Init
 from jbackprop.sweep import Layer, Trace
 

@@ -19,15 +19,10 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import check_numbers, check_sizes
 from jbackprop.factored import PyTree, Scale, Shift
-from jbackprop.layers.checks import (
-    check_features,
-    check_numbers,
-    check_params,
-    check_sizes,
-    shown,
-)
-from jbackprop.layers.elementwise import Weightless
+from jbackprop.layers.checks import check_features, check_params, shown
+from jbackprop.layers.weightless import Weightless
 from jbackprop.sweep import Layer, Trace
 
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.checks import check_numbers
 from jbackprop.factored import PyTree
-from jbackprop.layers.checks import check_numbers
 from jbackprop.layers.recurrent import Recurrent, carried, recurrent_input
 
 

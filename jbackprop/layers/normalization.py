@@ -55,15 +55,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.checks import check_flags, check_numbers, check_sizes
 from jbackprop.factored import PyTree, wide_dtype
-from jbackprop.layers.checks import (
-    check_features,
-    check_flags,
-    check_numbers,
-    check_params,
-    check_sizes,
-    shown,
-)
+from jbackprop.layers.checks import check_features, check_params, shown
 from jbackprop.layers.gain import rescaled, rescaled_back
 from jbackprop.sweep import Layer, Trace
 

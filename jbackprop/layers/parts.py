@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from jbackprop.factored import PyTree
 from jbackprop.layers.checks import check_features, check_no_params
-from jbackprop.layers.elementwise import Weightless
+from jbackprop.layers.weightless import Weightless
 from jbackprop.sweep import Trace
 
 

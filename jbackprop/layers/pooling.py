@@ -14,8 +14,8 @@ from jax import Array, lax
 from jbackprop.factored import PyTree, wide_dtype
 from jbackprop.layers import windows
 from jbackprop.layers.checks import shown
-from jbackprop.layers.elementwise import Weightless
 from jbackprop.layers.shapes import Shape
+from jbackprop.layers.weightless import Weightless
 from jbackprop.sweep import Trace
 
 

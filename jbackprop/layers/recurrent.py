@@ -34,17 +34,10 @@ import numpy as np
 from jax import Array, lax
 from jax.nn import initializers
 
+from jbackprop.checks import check_flags, check_functions, check_key, check_sizes
 from jbackprop.factored import Outer, PyTree, Shift, wide_dtype
 from jbackprop.layers.activations import Tanh
-from jbackprop.layers.checks import (
-    check_features,
-    check_flags,
-    check_functions,
-    check_key,
-    check_params,
-    check_sizes,
-    shown,
-)
+from jbackprop.layers.checks import check_features, check_params, shown
 from jbackprop.layers.dense import Init, glorot_uniform
 from jbackprop.layers.elementwise import Elementwise
 from jbackprop.sweep import Layer, Trace

@@ -9,16 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jbackprop.checks import check_flags, check_numbers, check_sizes
 from jbackprop.factored import PyTree, wide_dtype
-from jbackprop.layers.checks import (
-    check_features,
-    check_flags,
-    check_no_params,
-    check_numbers,
-    check_sizes,
-    shown,
-)
-from jbackprop.layers.elementwise import Weightless
+from jbackprop.layers.checks import check_features, check_no_params, shown
+from jbackprop.layers.weightless import Weightless
 from jbackprop.sweep import Trace
 
 

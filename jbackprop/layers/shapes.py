@@ -14,7 +14,7 @@ from jax import Array
 from jbackprop.factored import PyTree, wide_dtype
 from jbackprop.layers import windows
 from jbackprop.layers.checks import shown
-from jbackprop.layers.elementwise import Weightless
+from jbackprop.layers.weightless import Weightless
 from jbackprop.sweep import Trace
 
 

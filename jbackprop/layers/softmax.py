@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jbackprop.factored import PyTree
-from jbackprop.layers.elementwise import Weightless
+from jbackprop.layers.weightless import Weightless
 from jbackprop.sweep import Trace
 
 
