@@ -36,8 +36,9 @@ from jbackprop.compose import (
     swiglu,
     transformer,
 )
+from jbackprop.layers.weightless import Shapes, Weightless
 from jbackprop.losses import Loss
-from jbackprop.sweep import Layer, Node, Trace, forward
+from jbackprop.sweep import Node, Trace, forward
 
 
 def _cubic(z: Array) -> Array:
@@ -368,31 +369,18 @@ def cases(batch: int = 7) -> list[Case]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Line(Layer):
+class _Line(Weightless):
     """A tree of arrays as one line of numbers, so that a cost can be put behind it."""
 
-    def init(self, key: Array) -> tuple[()]:
-        return ()
-
     def forward(self, params: Any, x: Any, key: Array | None = None) -> tuple[Array, Any]:
-        leaves, tree = jax.tree.flatten(x)
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        return jnp.concatenate([leaf.reshape(-1) for leaf in leaves]), _Form(tree, shapes)
+        return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(x)]), Shapes.of(x)
 
     def backward(self, params: Any, trace: Trace, delta: Array) -> tuple[Any, tuple[()]]:
-        form, parts, start = trace.saved, [], 0
-        for shape, dtype in form.shapes:
-            size = int(np.prod(shape))
-            parts.append(delta[start : start + size].reshape(shape).astype(dtype))
-            start += size
-        return jax.tree.unflatten(form.tree, parts), ()
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Form:
-    tree: Any
-    shapes: Any
+        parts, start = [], 0
+        for leaf in trace.saved.leaves:
+            parts.append(delta[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype))
+            start += leaf.size
+        return jax.tree.unflatten(trace.saved.tree, parts), ()
 
 
 def _shapes(inputs: Inputs, batch: int) -> Any:

@@ -17,8 +17,7 @@ from jax import Array
 
 from jbackprop.factored import PyTree
 from jbackprop.layers.checks import check_floating, check_no_params
-from jbackprop.layers.parts import Shapes
-from jbackprop.layers.weightless import Weightless
+from jbackprop.layers.weightless import Shapes, Weightless
 from jbackprop.sweep import Trace
 
 

@@ -11,36 +11,8 @@ from jax import Array, lax
 
 from jbackprop.factored import PyTree
 from jbackprop.layers.checks import check_features, check_no_params
-from jbackprop.layers.weightless import Weightless
+from jbackprop.layers.weightless import Shapes, Weightless
 from jbackprop.sweep import Trace
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """The shapes and dtypes of one example's input, for a backward that reads nothing else of it.
-
-    They are part of the program, not of the trace: nothing is kept.
-
-    Attributes:
-        tree: the structure of the input.
-        leaves: its arrays, without their values.
-    """
-
-    tree: Any
-    leaves: tuple[jax.ShapeDtypeStruct, ...]
-
-    @classmethod
-    def of(cls, x: Any) -> Shapes:
-        """Those of x."""
-        leaves, tree = jax.tree.flatten(x)
-        shapes = (jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)) for v in leaves)
-        return cls(tree, tuple(shapes))
-
-    @property
-    def back(self) -> Any:
-        """x's structure, with shapes and dtypes in the place of its arrays."""
-        return jax.tree.unflatten(self.tree, self.leaves)
 
 
 @dataclasses.dataclass(frozen=True, init=False)

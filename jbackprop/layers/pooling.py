@@ -14,8 +14,7 @@ from jax import Array, lax
 from jbackprop.factored import PyTree, wide_dtype
 from jbackprop.layers import windows
 from jbackprop.layers.checks import shown
-from jbackprop.layers.shapes import Shape
-from jbackprop.layers.weightless import Weightless
+from jbackprop.layers.weightless import Shapes, Weightless
 from jbackprop.sweep import Trace
 
 
@@ -88,12 +87,12 @@ class _Pooling(Weightless):
         return shown(self, "window")
 
     @abc.abstractmethod
-    def _pool(self, x: Array) -> tuple[Array, Shape | None]:
+    def _pool(self, x: Array) -> tuple[Array, Shapes | None]:
         """The output and what is saved, of an input that has been checked."""
 
     def forward(
         self, params: PyTree, x: Array, key: Array | None = None
-    ) -> tuple[Array, Shape | None]:
+    ) -> tuple[Array, Shapes | None]:
         self._check(params, x)
         windows.check_spatial(self, x, len(self.window))
         windows.check_outputs(self, x, tuple(axis.outputs for axis in self._axes(x.shape[:-1])))
@@ -205,7 +204,7 @@ class AveragePool(_Pooling):
         TypeError: inputs that are not floating-point numbers.
     """
 
-    def _pool(self, x: Array) -> tuple[Array, Shape]:
+    def _pool(self, x: Array) -> tuple[Array, Shapes]:
         y = x.astype(wide_dtype(x.dtype))
         axes = self._axes(x.shape[:-1])
         for axis in axes:
@@ -213,7 +212,7 @@ class AveragePool(_Pooling):
             for other in others:
                 first = first + other
             y = first
-        return (y * self._shares(axes, y)).astype(x.dtype), Shape(x.shape)
+        return (y * self._shares(axes, y)).astype(x.dtype), Shapes.of(x)
 
     @staticmethod
     def _shares(axes: list[_Axis], y: Array) -> Array:
@@ -224,7 +223,7 @@ class AveragePool(_Pooling):
         return jnp.asarray(1 / counts, y.dtype)
 
     def backward(self, params: PyTree, trace: Trace, delta: Array) -> tuple[Array, tuple[()]]:
-        axes = self._axes(trace.saved.of[:-1])
+        axes = self._axes(trace.saved.back.shape[:-1])
         wide = delta.astype(wide_dtype(delta.dtype))
         wide = wide * self._shares(axes, wide)
         for axis in axes:
@@ -255,13 +254,13 @@ class GlobalAveragePool(_Global):
     Source: Lin, Chen and Yan, Network in network (2014), section 3.2.
     """
 
-    def forward(self, params: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Shape]:
+    def forward(self, params: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Shapes]:
         self._check(params, x)
         y = jnp.mean(x, axis=tuple(range(x.ndim - 1)), dtype=wide_dtype(x.dtype))
-        return y.astype(x.dtype), Shape(x.shape)
+        return y.astype(x.dtype), Shapes.of(x)
 
     def backward(self, params: PyTree, trace: Trace, delta: Array) -> tuple[Array, tuple[()]]:
-        shape = trace.saved.of
+        shape = trace.saved.back.shape
         return jnp.broadcast_to(delta / math.prod(shape[:-1]), shape), ()
 
 

@@ -7,23 +7,14 @@ import math
 import operator
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jbackprop.factored import PyTree, wide_dtype
 from jbackprop.layers import windows
 from jbackprop.layers.checks import shown
-from jbackprop.layers.weightless import Weightless
+from jbackprop.layers.weightless import Shapes, Weightless
 from jbackprop.sweep import Trace
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The shape of one example's input, for the way back: it is no array, and takes no memory."""
-
-    of: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +48,7 @@ class Reshape(Weightless):
             )
         object.__setattr__(self, "shape", shape)
 
-    def forward(self, params: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Shape]:
+    def forward(self, params: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Shapes]:
         self._check(params, x)
         known = math.prod(n for n in self.shape if n != -1)
         fits = x.size % known == 0 if -1 in self.shape and known else x.size == known
@@ -66,10 +57,10 @@ class Reshape(Weightless):
                 f"{self} cannot take one example of shape {x.shape}: it has {x.size} entries. The "
                 "shape is that of one example, without the batch axis"
             )
-        return x.reshape(self.shape), Shape(x.shape)
+        return x.reshape(self.shape), Shapes.of(x)
 
     def backward(self, params: PyTree, trace: Trace, delta: Array) -> tuple[Array, tuple[()]]:
-        return delta.reshape(trace.saved.of), ()
+        return delta.reshape(trace.saved.back.shape), ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +69,12 @@ class Flatten(Weightless):
 
     moves: ClassVar[bool] = True
 
-    def forward(self, params: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Shape]:
+    def forward(self, params: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Shapes]:
         self._check(params, x)
-        return x.reshape(-1), Shape(x.shape)
+        return x.reshape(-1), Shapes.of(x)
 
     def backward(self, params: PyTree, trace: Trace, delta: Array) -> tuple[Array, tuple[()]]:
-        return delta.reshape(trace.saved.of), ()
+        return delta.reshape(trace.saved.back.shape), ()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
