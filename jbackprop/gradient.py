@@ -22,7 +22,7 @@ from jbackprop.checks import check_arrays, check_key, check_params, real_array
 from jbackprop.factored import Coupled, Factored, PyTree, is_factored, weighted
 from jbackprop.losses import Loss
 from jbackprop.mesh import WHOLE, examples, on_mesh, stacked
-from jbackprop.structure import by_copy, rebuild, stack_axes, walk
+from jbackprop.structure import by_copy, rebuild, stack_axes, suffix, walk
 from jbackprop.sweep import Collect, Node, Trace, backward, batch_size, forward, no_layer, total
 
 
@@ -74,9 +74,8 @@ def _named(path: str, kept: Any) -> Any:
         return kept
 
     def name(where: Any, pair: Factored) -> Factored:
-        keys = (str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in where)
         assert pair.place is not None
-        place = dataclasses.replace(pair.place, path=".".join((path, *keys)))
+        place = dataclasses.replace(pair.place, path=path + suffix(where))
         return dataclasses.replace(pair, place=place)  # type: ignore[type-var]
 
     pairs = jax.tree_util.tree_map_with_path(name, kept.factored, is_leaf=is_factored)

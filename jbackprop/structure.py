@@ -66,6 +66,35 @@ def stack_axes(net: Node) -> dict[str, int]:
     return {path: len(index) for _, path, index in copies(net)}
 
 
+def parameter_paths(net: Node, tree: PyTree) -> list[str]:
+    """The path of every leaf of a tree like params, in the order of `jax.tree.leaves`.
+
+    "layers[0].w": that of the layer, and what `suffix` adds. Where a composite has parameters of
+    its own, or two layers share one, so that these do not tell them apart: places in the tree.
+    """
+    leaves, form = jax.tree.flatten(tree)
+    names: dict[int, str] = {}
+    for path, _, part in walk(net, jax.tree.unflatten(form, range(len(leaves)))):
+        for where, number in jax.tree_util.tree_flatten_with_path(part)[0]:
+            names[number] = path + suffix(where)
+    if len(set(names.values())) < len(leaves):
+        places, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return [f"params{jax.tree_util.keystr(where)}" for where, _ in places]
+    return [names[number] for number in range(len(leaves))]
+
+
+def suffix(where: Any) -> str:
+    """What the way to a leaf in a layer's own tree adds to the layer's path: ".w", "[0]"."""
+    return "".join(map(_step, where))
+
+
+def _step(key: Any) -> str:
+    name = getattr(key, "key", None)
+    if isinstance(name, str) and name.isidentifier():
+        return f".{name}"
+    return jax.tree_util.keystr((key,))
+
+
 def opened(net: Node) -> Node:
     """The network whose forward sweep saves all that its layers save, wherever they are."""
     if not isinstance(net, Composite):

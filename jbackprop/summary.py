@@ -13,7 +13,7 @@ from jbackprop.checks import check_arrays, shape_of
 from jbackprop.factored import PyTree
 from jbackprop.gradient import check_net
 from jbackprop.observe import activations
-from jbackprop.structure import copies, walk
+from jbackprop.structure import copies, suffix, walk
 from jbackprop.sweep import Node
 from jbackprop.table import render
 
@@ -65,8 +65,7 @@ def summary(net: Node, x_shape: tuple[int, ...] | None = None, *, x: Any = None)
     for path, layer, own in walk(net, params):
         named, _ = jax.tree_util.tree_flatten_with_path(own)
         shapes = ", ".join(
-            f"{'.'.join(str(getattr(k, 'key', k)) for k in where)} {leaf.shape}"
-            for where, leaf in named
+            f"{suffix(where).removeprefix('.')} {leaf.shape}" for where, leaf in named
         )
         output = outputs.get(shown[path])
         shape = "" if output is None else _shapes(output)

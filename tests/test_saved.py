@@ -21,6 +21,7 @@ import jbackprop as jb
 from jbackprop import catalogue
 from jbackprop.saved import archive, network
 from jbackprop.saved.configuration import Encoder, configuration, construct, difference
+from jbackprop.structure import parameter_paths
 
 OF_CATALOGUE = [
     catalogue._cubic,
@@ -225,7 +226,7 @@ def _odd(nothing, key):
 def test_parameters_are_found_by_path_in_all_composites():
     tied = jb.Tied(jb.Embedding(5, 3), jb.Sequential(jb.Dense(3, 3), jb.Skip(jb.Gain(3))))
     net = jb.Sequential(tied, jb.Repeat(jb.Dense(5, 5, bias=False), 2), jb.Frozen(jb.Gain(5)))
-    assert network._paths(net, shapes_of(net)) == [
+    assert parameter_paths(net, shapes_of(net)) == [
         "layers[0].embedding.w" if isinstance(shapes_of(tied)[0], dict) else "layers[0].embedding",
         "layers[0].body.layers[0].b",
         "layers[0].body.layers[0].w",
@@ -233,7 +234,7 @@ def test_parameters_are_found_by_path_in_all_composites():
         "layers[1].layer.w",
         *_gain("layers[2].layer"),
     ]
-    assert network._paths(jb.Dense(2, 2), shapes_of(jb.Dense(2, 2))) == ["net.b", "net.w"]
+    assert parameter_paths(jb.Dense(2, 2), shapes_of(jb.Dense(2, 2))) == ["net.b", "net.w"]
 
 
 def test_a_composite_with_parameters_of_its_own_comes_back(tmp_path):

@@ -13,7 +13,7 @@ from jax import Array
 
 from jbackprop.check import judge
 from jbackprop.check.diagnosis import Suspect, diagnose
-from jbackprop.check.inputs import Inputs, keys
+from jbackprop.check.inputs import Inputs
 from jbackprop.check.judge import How
 from jbackprop.check.numbers import EXACT, by_numbers, confirm, confirm_together, warn_of
 from jbackprop.check.numerical import FIRST, Slope, Slopes
@@ -124,7 +124,7 @@ class Question:
                 )
             ]
             program = self.program if known or self.how.truth == "numerical" else None
-            leaves = diagnose(suspects, sizes_of(self.inputs), program, self.point)
+            leaves = diagnose(suspects, self.inputs.sizes(), program, self.point)
         source = "values of the function alone, in float64"
         if known:
             source = "automatic differentiation in float64"
@@ -309,30 +309,6 @@ class Question:
                 return enters(fun, active, passive, moving)
         except jax.errors.ConcretizationTypeError:
             return True
-
-
-def sizes_of(inputs: Inputs) -> dict[int, str]:
-    """The lengths of axes by number, with what they are the length of; for naming factors."""
-    shaped = [
-        (path, i in inputs._chosen, np.shape(leaf))
-        for i, (path, leaf) in enumerate(zip(inputs._paths, inputs._leaves, strict=True))
-        if hasattr(leaf, "shape")
-    ]
-    # Batches come first: axis 0 of what is not differentiated by.
-    axes = sorted(
-        (chosen, axis, n, f"the length of axis {axis} of {_labels_of(inputs, path)}")
-        for path, chosen, shape in shaped
-        for axis, n in enumerate(shape)
-        if n > 2
-    )
-    found: dict[int, str] = {}
-    for _, _, n, label in axes:
-        found.setdefault(int(n), label)
-    return found
-
-
-def _labels_of(inputs: Inputs, path: Any) -> str:
-    return f"{inputs.labels[path[0].idx]}{keys(path[1:])}"
 
 
 def same_all(

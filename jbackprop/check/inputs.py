@@ -15,6 +15,7 @@ from jbackprop.check.precision import as_jax, coarsest, is_float
 from jbackprop.check.programs import at_any_precision
 from jbackprop.checks import function_of, number_of
 from jbackprop.factored import PyTree
+from jbackprop.structure import suffix
 
 
 class Inputs:
@@ -44,7 +45,7 @@ class Inputs:
         self._paths = [path for path, _ in found]
         self._chosen, self._others = [], []
         for i, (path, leaf) in enumerate(zip(self._paths, self._leaves, strict=True)):
-            name = labels[path[0].idx] + keys(path[1:])
+            name = labels[path[0].idx] + suffix(path[1:])
             if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
                 raise TypeError(f"{name} is complex: only real arguments can be checked")
             if is_float(leaf) and path[0].idx in self.argnums:
@@ -52,7 +53,7 @@ class Inputs:
             elif hasattr(leaf, "dtype"):
                 self._others.append(i)
         self.names = [
-            labels[p[0].idx] + keys(p[1:]) for p in map(self._paths.__getitem__, self._chosen)
+            labels[p[0].idx] + suffix(p[1:]) for p in map(self._paths.__getitem__, self._chosen)
         ]
         self.active = [self._leaves[i] for i in self._chosen]
         self.passive = [self._leaves[i] for i in self._others]
@@ -80,6 +81,25 @@ class Inputs:
     def at_any_precision(self, f: Callable[..., Any]) -> Callable[..., Any]:
         """A function that computes in float64 what f(active, passive) does in the dtypes given."""
         return at_any_precision(f, self.active, self.passive, coarsest(self.dtypes))
+
+    def sizes(self) -> dict[int, str]:
+        """The lengths of axes by number, with what they are the length of; for naming factors."""
+        shaped = [
+            (i in self._chosen, np.shape(leaf), self.labels[path[0].idx] + suffix(path[1:]))
+            for i, (path, leaf) in enumerate(zip(self._paths, self._leaves, strict=True))
+            if hasattr(leaf, "shape")
+        ]
+        # Batches come first: axis 0 of what is not differentiated by.
+        axes = sorted(
+            (chosen, axis, n, f"the length of axis {axis} of {name}")
+            for chosen, shape, name in shaped
+            for axis, n in enumerate(shape)
+            if n > 2
+        )
+        found: dict[int, str] = {}
+        for _, _, n, label in axes:
+            found.setdefault(int(n), label)
+        return found
 
     def match(self, candidate: PyTree) -> list[np.ndarray]:
         """The candidate's arrays, one for each active leaf."""
@@ -116,7 +136,7 @@ class Inputs:
         if extra:
             raise ValueError(
                 f"candidate has gradients for what is not in the argument: "
-                f"{', '.join(keys(path) or 'the whole' for _, path in extra)}"
+                f"{', '.join(suffix(path) or 'the whole' for _, path in extra)}"
             )
         return found
 
@@ -138,17 +158,6 @@ def _labels(fun: Callable[..., Any], n: int) -> list[str]:
         parameters = []
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return [named[i] if i < len(named) else f"args[{i}]" for i in range(n)]
-
-
-def keys(path: Any) -> str:
-    """A path in a pytree, as one would write it: .w, [0], ..."""
-    words = []
-    for key in path:
-        if hasattr(key, "idx"):
-            words.append(f"[{key.idx}]")
-        else:
-            words.append(f".{getattr(key, 'key', getattr(key, 'name', key))}")
-    return "".join(words)
 
 
 def name_of(fun: Callable[..., Any]) -> str:
@@ -187,7 +196,7 @@ def output_names(out: Any) -> list[str]:
     if any(jnp.issubdtype(jnp.result_type(v), jnp.complexfloating) for _, v in found):
         raise TypeError("the function returns complex numbers: only real ones can be checked")
     return [
-        "output" + keys(path)
+        "output" + suffix(path)
         for path, v in found
         if jnp.issubdtype(jnp.result_type(v), jnp.floating)
     ]

@@ -40,7 +40,7 @@ from jbackprop.checks import floating_of
 from jbackprop.factored import PyTree
 from jbackprop.gradient import check_call, coupling_layer
 from jbackprop.losses import Loss
-from jbackprop.structure import stack_axes, trainable_mask, untied, walk
+from jbackprop.structure import stack_axes, suffix, trainable_mask, untied, walk
 from jbackprop.sweep import Layer, Node, batch_size, forward
 
 
@@ -187,7 +187,7 @@ class _Check:
             entered, keys, _ = jax.eval_shape(inputs, params, x, self.key)
             for path, layer, own in walk(self.net, params):
                 parts = jax.tree_util.tree_flatten_with_path(entered[path])[0]
-                names = [_name(name) for name, _ in parts]
+                names = [suffix(name) for name, _ in parts]
                 run = over_copies(functools.partial(output_of, layer), stack_axes(self.net)[path])
                 for key in zeros:
                     if key[0] != path:
@@ -381,11 +381,7 @@ def _first(parts: list[Report]) -> str:
 def _flat(tree: dict[str, Any]) -> dict[tuple[str, str, str], Any]:
     """(path, kind, the rest of the name) -> array."""
     found = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {(keys[0].key, keys[1].key, _name(keys[2:])): leaf for keys, leaf in found}
-
-
-def _name(keys: Any) -> str:
-    return "".join(f".{getattr(k, 'key', getattr(k, 'idx', getattr(k, 'name', k)))}" for k in keys)
+    return {(keys[0].key, keys[1].key, suffix(keys[2:])): leaf for keys, leaf in found}
 
 
 def _plain(layer: Layer) -> Any:

@@ -26,7 +26,7 @@ from jbackprop.saved.configuration import (
     difference,
     unresolved,
 )
-from jbackprop.structure import walk
+from jbackprop.structure import parameter_paths
 from jbackprop.sweep import Node
 
 FORMAT = "jbackprop network"
@@ -185,7 +185,7 @@ def _leaves(net: Node, params: PyTree) -> dict[str, Any]:
         more = [f"params{where} is too many" for where in found if where not in expected]
         why = (missing + more + ["tuples, lists or dicts are not where they should be"])[0]
         raise ValueError(f"these are not the parameters of this network: {why}; see net.init")
-    leaves = dict(zip(_paths(net, shapes), jax.tree.leaves(params), strict=True))
+    leaves = dict(zip(parameter_paths(net, shapes), jax.tree.leaves(params), strict=True))
     for (path, leaf), like in zip(leaves.items(), jax.tree.leaves(shapes), strict=True):
         if isinstance(leaf, bool | int | float | complex):
             leaf = leaves[path] = jnp.asarray(leaf)
@@ -213,24 +213,6 @@ def _misfit(shape: Any, dtype: Any, like: jax.ShapeDtypeStruct) -> str | None:
     kinds = (jnp.inexact, jnp.integer)
     alike = any(all(jnp.issubdtype(d, k) for d in (dtype, like.dtype)) for k in kinds)
     return None if alike or dtype == like.dtype else f"is {dtype}, but {like.dtype} is needed"
-
-
-def _paths(net: Node, shapes: PyTree) -> list[str]:
-    """A name for every parameter, in the order of `jax.tree.leaves`: "layers[0].w"."""
-    leaves, tree = jax.tree.flatten(shapes)
-    names: dict[int, str] = {}
-    for path, _, part in walk(net, jax.tree.unflatten(tree, range(len(leaves)))):
-        for where, number in jax.tree.leaves_with_path(part):
-            names[number] = path + "".join(map(_step, where))
-    if len(set(names.values())) < len(leaves):  # a composite that shares, or has some of its own
-        return [f"params{jax.tree_util.keystr(w)}" for w, _ in jax.tree.leaves_with_path(shapes)]
-    return [names[number] for number in range(len(leaves))]
-
-
-def _step(key: Any) -> str:
-    if isinstance(key, jax.tree_util.DictKey) and str(key.key).isidentifier():
-        return f".{key.key}"
-    return jax.tree_util.keystr((key,))
 
 
 def _entry(path: str) -> str:
@@ -300,7 +282,7 @@ def _check_names(config: dict[str, Any], known: Mapping[str, Any]) -> None:
 
 def _read(file: archive.Archive, found: dict[str, Any], net: Node, shapes: PyTree) -> PyTree:
     """The parameters, in the tree that init makes."""
-    paths = _paths(net, shapes)
+    paths = parameter_paths(net, shapes)
     for missing in sorted({*paths} - {*found}):
         raise FormatError(f"it has no {missing}, which the network needs{_CHANGED}")
     for more in sorted({*found} - {*paths}):

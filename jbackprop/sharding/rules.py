@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jbackprop.checks import check_sizes
 from jbackprop.factored import PyTree
 from jbackprop.gradient import check_net
-from jbackprop.structure import rebuild, stack_axes
+from jbackprop.structure import parameter_paths, rebuild, stack_axes, suffix
 from jbackprop.sweep import Node
 
 Axes = str | tuple[str, ...] | None
@@ -104,7 +104,7 @@ class Sharding:
 
         def of_layer(path: str, layer: Node, own: PyTree) -> tuple[Node, PyTree]:
             def spec(where: Any, leaf: Any) -> PartitionSpec:
-                name = ".".join((path, *map(_key, where)))
+                name = path + suffix(where)
                 matching = [i for i, (rule, _) in enumerate(self.rules) if re.search(rule, name)]
                 found.update(matching)
                 rule = self.rules[matching[0]] if matching else None
@@ -273,17 +273,9 @@ def specs_like(state: PyTree, params: PyTree, specs: PyTree) -> PyTree:
 
 
 def paths(net: Node, params: PyTree) -> list[str]:
-    """The path of every parameter, in forward order."""
+    """The path of every parameter, in the order of `jax.tree.leaves(params)`."""
     check_net(net)
-    found: list[str] = []
-
-    def of_layer(path: str, layer: Node, own: PyTree) -> tuple[Node, PyTree]:
-        named = jax.tree_util.tree_flatten_with_path(own)[0]
-        found.extend(".".join((path, *map(_key, where))) for where, _ in named)
-        return layer, own
-
-    rebuild(net, params, of_layer)
-    return found
+    return parameter_paths(net, params)
 
 
 def check_mesh(mesh: Any) -> None:
@@ -307,10 +299,6 @@ def _check_specs(specs: Any, tree: PyTree, what: str) -> None:
             f"specs must be a tree of PartitionSpec like {what}, {due}, not {specs!r}; "
             "Sharding.specs and specs_like make them"
         )
-
-
-def _key(key: Any) -> str:
-    return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
 
 
 def _names(axes: Any) -> tuple[str, ...]:
