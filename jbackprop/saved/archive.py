@@ -123,11 +123,6 @@ class Archive:
                     f"none: {_REMEDY}"
                 )
         if CONFIG not in names:
-            if "config.npy" in names:
-                raise FormatError(
-                    "it was written by `jbackprop train --save` before there was jb.save, and is "
-                    "not read any more: train again, or take its arrays with numpy.load"
-                )
             raise FormatError(
                 f"it has no {CONFIG}, so that it is no network of jb.save but another archive; "
                 "numpy.load reads arrays"

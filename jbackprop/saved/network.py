@@ -15,6 +15,7 @@ import numpy as np
 
 import jbackprop
 from jbackprop.factored import PyTree
+from jbackprop.gradient import check_loss, check_net
 from jbackprop.losses import Loss
 from jbackprop.saved import archive
 from jbackprop.saved.configuration import (
@@ -148,11 +149,9 @@ def load(
 
 
 def _check_kinds(net: Any, loss: Any) -> None:
-    if not isinstance(net, Node):
-        hint = "; make an instance: add ()" if isinstance(net, type) else ""
-        raise TypeError(f"net must be a layer or a composite of jbackprop, not {net!r}{hint}")
-    if loss is not None and not isinstance(loss, Loss):
-        raise TypeError(f"loss must be a Loss of jbackprop or None, not {loss!r}")
+    check_net(net)
+    if loss is not None:
+        check_loss(loss)
 
 
 def _check_constructors(configs: list[Json], known: Mapping[str, Any]) -> None:
