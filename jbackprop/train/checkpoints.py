@@ -37,20 +37,6 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be written, cannot be read, or belongs to another run."""
 
 
-class Preempted(SystemExit):
-    """SIGTERM has come: the step is finished and a checkpoint written; leaves with the status 75.
-
-    75 is what `sysexits.h` calls a temporary failure: start the same again with resume=True.
-
-    Attributes:
-        step: up to which the run has come.
-    """
-
-    def __init__(self, step: int):
-        super().__init__(75)
-        self.step = step
-
-
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
     """Where, and how often, `jbackprop.fit` keeps itself.

@@ -19,10 +19,11 @@ from jax.experimental import multihost_utils
 from jbackprop.factored import PyTree
 from jbackprop.saved.configuration import configuration
 from jbackprop.train.accounting import Privacy
-from jbackprop.train.checkpoints import CheckpointError, Checkpoints, Preempted, Store
+from jbackprop.train.checkpoints import CheckpointError, Checkpoints, Store
 from jbackprop.train.checks import Examples
 from jbackprop.train.data import Loaded
 from jbackprop.train.position import Position
+from jbackprop.train.preemption import Preempted
 from jbackprop.train.private import Private
 from jbackprop.train.run import Run
 from jbackprop.train.step import Task

@@ -11,6 +11,20 @@ import jax
 from jax.experimental import multihost_utils
 
 
+class Preempted(SystemExit):
+    """SIGTERM has come: the step is finished and a checkpoint written; leaves with the status 75.
+
+    75 is what `sysexits.h` calls a temporary failure: start the same again with resume=True.
+
+    Attributes:
+        step: up to which the run has come.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(75)
+        self.step = step
+
+
 class Watch:
     """Notes that SIGTERM has come, while it is entered.
 
