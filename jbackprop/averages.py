@@ -45,7 +45,7 @@ class Averages(NamedTuple):
     variance: Array
 
 
-State = dict[str, Averages]
+AveragesByPath = dict[str, Averages]
 """`Averages` by the path of each batch norm. A pytree, to be saved like parameters."""
 
 
@@ -69,7 +69,7 @@ def check_folds(net: Node) -> None:
             )
 
 
-def batch_averages(net: Node, params: PyTree, x: Any, key: Array | None = None) -> State:
+def batch_averages(net: Node, params: PyTree, x: Any, key: Array | None = None) -> AveragesByPath:
     """The statistics of a mini-batch in every batch norm.
 
     Args:
@@ -92,7 +92,7 @@ def batch_averages(net: Node, params: PyTree, x: Any, key: Array | None = None) 
 
 @on_mesh(lambda *_: WHOLE)
 @functools.partial(jax.jit, static_argnums=0)
-def _batch_averages(net: Node, params: PyTree, x: Any, key: Array | None) -> State:
+def _batch_averages(net: Node, params: PyTree, x: Any, key: Array | None) -> AveragesByPath:
     def watch(layer: Layer, path: str) -> Node:
         return _Watched(layer, path) if isinstance(layer, BatchNorm) else layer
 
@@ -101,7 +101,9 @@ def _batch_averages(net: Node, params: PyTree, x: Any, key: Array | None) -> Sta
     return {path: Averages(m[..., 0, :], v[..., 0, :]) for path, (m, v) in found.items()}
 
 
-def update_averages(state: State | None, new: State, momentum: float | Array = 0.9) -> State:
+def update_averages(
+    state: AveragesByPath | None, new: AveragesByPath, momentum: float | Array = 0.9
+) -> AveragesByPath:
     """momentum * state + (1 - momentum) * new: a moving average over mini-batches.
 
     Args:
@@ -132,7 +134,7 @@ def update_averages(state: State | None, new: State, momentum: float | Array = 0
     return jax.tree.map(blend, state, new)
 
 
-def mean_averages(net: Node, params: PyTree, batches: Iterable[Any]) -> State:
+def mean_averages(net: Node, params: PyTree, batches: Iterable[Any]) -> AveragesByPath:
     """The mean of `batch_averages` over many mini-batches, each weighted by its examples.
 
     Args:
@@ -145,7 +147,7 @@ def mean_averages(net: Node, params: PyTree, batches: Iterable[Any]) -> State:
             f"batches must be several mini-batches, such as a list of arrays (B, ...), not one "
             f"{type(batches).__name__}"
         )
-    state: State | None = None
+    state: AveragesByPath | None = None
     number = 0
     for x in batches:
         n = batch_size(x)
@@ -156,7 +158,7 @@ def mean_averages(net: Node, params: PyTree, batches: Iterable[Any]) -> State:
     return state
 
 
-def fold_batch_norm(net: Node, params: PyTree, state: State) -> tuple[Node, PyTree]:
+def fold_batch_norm(net: Node, params: PyTree, state: AveragesByPath) -> tuple[Node, PyTree]:
     """The network to predict with: every batch norm is an `Affine` with these fixed statistics.
 
     It has an output for each example by itself, and answers every question about single examples.

@@ -11,8 +11,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from jbackprop.averages import State as Averages
-from jbackprop.averages import check_folds
+from jbackprop.averages import AveragesByPath, check_folds
 from jbackprop.checks import check_key, flag_of, function_of
 from jbackprop.credit import Rule, State
 from jbackprop.factored import PyTree
@@ -80,7 +79,7 @@ class Fit:
     history: dict[str, list[float]]
     stopped: str
     best_epoch: int | None
-    averages: Averages = dataclasses.field(default_factory=dict)
+    averages: AveragesByPath = dataclasses.field(default_factory=dict)
     privacy: Privacy | None = None
     rule_state: State | None = None
     skipped: int = 0

@@ -15,7 +15,7 @@ import optax
 from jax import Array
 
 from jbackprop import credit
-from jbackprop.averages import State, fold_batch_norm, mean_averages
+from jbackprop.averages import AveragesByPath, fold_batch_norm, mean_averages
 from jbackprop.diagnose.nonfinite import first_nonfinite
 from jbackprop.factored import PyTree
 from jbackprop.sweep import Node
@@ -178,7 +178,7 @@ class Run:
         """What was given away."""
         return None
 
-    def averages(self, params: PyTree) -> State:
+    def averages(self, params: PyTree) -> AveragesByPath:
         """The statistics of all batch norms over the training data; the same for equal params."""
         if not self._task.net.couples_examples:
             return {}
