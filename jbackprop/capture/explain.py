@@ -12,7 +12,7 @@ from jbackprop.capture.contraction import birthplace, mini_batch
 from jbackprop.capture.pairs import pair_of
 from jbackprop.capture.program import Program
 from jbackprop.capture.uses import Use
-from jbackprop.factored import Factored, Full, Nothing, Patches, Sum
+from jbackprop.factored import Factored, Full, Nothing, Patches, Scale, Shift, Sum
 from jbackprop.table import render
 
 
@@ -139,8 +139,8 @@ def _dense(pair: Factored) -> bool:
     if isinstance(pair, Nothing):
         return False
     vector = sum(n != 1 for n in pair.home.shape) < 2
-    name = type(pair).__name__
-    return not vector and (name == "Full" or (name in ("Shift", "Scale") and _sizes(pair)[1] == 1))
+    alone = isinstance(pair, Shift | Scale) and _sizes(pair)[1] == 1  # one position: as large
+    return not vector and (isinstance(pair, Full) or alone)
 
 
 def _why(found: list[Use], entries: int, n: int) -> str:

@@ -63,14 +63,9 @@ def as_jax(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda v: jnp.asarray(v) if isinstance(v, np.ndarray) else v, tree)
 
 
-def is_floating(value: Any) -> bool:
-    """Whether a value, traced or not, is of a floating-point dtype."""
-    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
-
-
 def is_float(leaf: Any) -> bool:
-    """Whether a leaf is an array or number of a real floating-point dtype."""
-    if isinstance(leaf, bool | int | str | bytes) or leaf is None or callable(leaf):
+    """Whether a leaf, traced or not, is an array or number of a real floating-point dtype."""
+    if callable(leaf):  # as jnp.float32, which has a dtype
         return False
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
@@ -225,7 +220,7 @@ def _chains(jaxpr: Any, given: list[_End]) -> list[_End]:
 def _unit(eqn: Any) -> float:
     """The unit roundoff of what an operation computes in; 0 if it only moves numbers."""
     units = [
-        max((roundoff(v.aval.dtype) for v in found if is_floating(v.aval)), default=0.0)
+        max((roundoff(v.aval.dtype) for v in found if is_float(v.aval)), default=0.0)
         for found in (eqn.outvars, eqn.invars)
     ]
     if eqn.primitive.name == "convert_element_type":

@@ -21,7 +21,7 @@ from jbackprop.check.precision import (
     cast,
     coarsest,
     exactly,
-    is_floating,
+    is_float,
     subprograms,
 )
 
@@ -214,7 +214,7 @@ def at_any_precision(
             raise TypeError(f"a program that was traced for {given} cannot be run in {moved}")
         visit, constant = _promotion(coarsest(list(moved)))
         flat = [
-            v if is_floating(v) or not hasattr(v, "dtype") or v.dtype == var.aval.dtype
+            v if is_float(v) or not hasattr(v, "dtype") or v.dtype == var.aval.dtype
             else lax.convert_element_type(v, var.aval.dtype)
             for v, var in zip(flat, closed.jaxpr.invars, strict=True)
         ]  # fmt: skip
@@ -232,7 +232,7 @@ def _draws(jaxpr: Any) -> bool:
 
 def _promotion(dtype: Any) -> tuple[Visit, Callable[[Any], Any]]:
     def constant(value: Any) -> Any:
-        return lax.convert_element_type(value, dtype) if is_floating(value) else value
+        return lax.convert_element_type(value, dtype) if is_float(value) else value
 
     def visit(eqn: Any, values: list[Any], depends: list[bool], go: Any) -> list[Any]:
         name = eqn.primitive.name
@@ -246,7 +246,7 @@ def _promotion(dtype: Any) -> tuple[Visit, Callable[[Any], Any]]:
             return evaluate(programs.solve, solve, [True] * len(solve), visit, constant)
         if name in _BITS or (subprograms(eqn) and not name.startswith("scatter")):
             given = [
-                lax.convert_element_type(v, var.aval.dtype) if is_floating(v) else v
+                lax.convert_element_type(v, var.aval.dtype) if is_float(v) else v
                 for v, var in zip(values, eqn.invars, strict=True)
             ]
             return [constant(v) for v in bind(eqn, given)]

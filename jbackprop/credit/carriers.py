@@ -13,9 +13,9 @@ from jax import Array
 from jbackprop.checks import function_of
 from jbackprop.factored import PyTree
 from jbackprop.mesh import shapes
-from jbackprop.observe import Seen, Wrapper, seen
+from jbackprop.observe import Observed, Seen, seen
 from jbackprop.structure import rebuild, stack_axes, walk
-from jbackprop.sweep import Composite, Layer, Node, Trace
+from jbackprop.sweep import Composite, Layer, Node
 
 
 def map_feedback(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
@@ -113,16 +113,11 @@ def check_single(net: Node, kept: PyTree, rule: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class _Fed(Wrapper):
+class _Fed(Observed):
     """A layer that saves its input, for the forward sweep only."""
-
-    path: str
 
     def forward(self, params: PyTree, x: Any, key: Array | None = None) -> tuple[Any, Any]:
         return self.inner.forward(params, x, key)[0], Seen(x, self.path)
-
-    def backward(self, params: PyTree, trace: Trace, delta: Any) -> tuple[Any, PyTree]:
-        raise NotImplementedError("this is for looking at the forward sweep")
 
 
 def inputs_of(net: Node, params: PyTree, x: Any) -> dict[str, Any]:

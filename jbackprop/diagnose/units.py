@@ -15,7 +15,7 @@ from jbackprop.factored import PyTree
 from jbackprop.gradient import check_inputs
 from jbackprop.layers import Elementwise, Identity
 from jbackprop.mesh import on_mesh
-from jbackprop.observe import Seen, seen, seen_split
+from jbackprop.observe import Observed, Seen, seen, seen_split
 from jbackprop.structure import by_copy, layers_by_copy, walk
 from jbackprop.sweep import Layer, Node, Trace
 from jbackprop.table import render
@@ -104,18 +104,11 @@ def _has_slope(layer: Layer) -> bool:
     return isinstance(layer, Elementwise) and not isinstance(layer, Identity)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sloped(Layer):
-    inner: Layer
-    path: str
-
-    def init(self, key: Array) -> PyTree:
-        return self.inner.init(key)
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Sloped(Observed):
+    """A layer that saves its slope, for the forward sweep only."""
 
     def forward(self, params: PyTree, x: Any, key: Array | None = None) -> tuple[Any, Any]:
         y, saved = self.inner.forward(params, x, key)
         slope, _ = self.inner.backward(params, Trace(x, y, saved), jnp.ones_like(y))
         return y, Seen(slope, self.path)
-
-    def backward(self, params: PyTree, trace: Trace, delta: Any) -> tuple[Any, PyTree]:
-        raise NotImplementedError("for the forward sweep only")
