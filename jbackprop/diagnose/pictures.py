@@ -9,8 +9,10 @@ from jbackprop.diagnose.flow import DeltaFlow
 from jbackprop.diagnose.units import SaturationTable
 
 
-def figure(columns: int = 1, width: float = 5.0, height: float = 3.6) -> tuple[Any, Any]:
-    """A figure with axes beside each other, drawn without a screen.
+def figure(
+    columns: int = 1, width: float = 5.0, height: float = 3.6, rows: int = 1
+) -> tuple[Any, Any]:
+    """A figure with axes of this size beside each other, row by row, drawn without a screen.
 
     Raises:
         ImportError: matplotlib is missing; the message says how to install it.
@@ -19,8 +21,8 @@ def figure(columns: int = 1, width: float = 5.0, height: float = 3.6) -> tuple[A
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'jbackprop[plots]'") from error
-    fig = Figure(figsize=(width * columns, height), layout="constrained")
-    return fig, fig.subplots(1, columns, squeeze=False)[0]
+    fig = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return fig, fig.subplots(rows, columns, squeeze=False).ravel()
 
 
 def plot_flow(axes: Any, flows: Mapping[str, DeltaFlow]) -> None:
