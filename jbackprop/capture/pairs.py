@@ -25,6 +25,7 @@ from jbackprop.factored import (
     Step,
     Sum,
     wide_dtype,
+    widest_dtype,
 )
 
 
@@ -115,7 +116,7 @@ def _of_one_dtype(x: Array, y: Array) -> tuple[Array, Array]:
     """Both as they are, or in float32 at least."""
     if x.dtype == y.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         return x, y
-    dtype = max(wide_dtype(x.dtype), wide_dtype(y.dtype), key=lambda dtype: jnp.finfo(dtype).bits)
+    dtype = widest_dtype([wide_dtype(x.dtype), wide_dtype(y.dtype)])
     return x.astype(dtype), y.astype(dtype)
 
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jbackprop.curvature.products import check_vector
-from jbackprop.factored import Place, PyTree
+from jbackprop.factored import Place, PyTree, promoted_sum
 from jbackprop.mesh import like, on_mesh
 
 Function = Callable[[Array], Array]
@@ -285,7 +285,4 @@ def mix(old: Array, new: Array, share: Any) -> Array:
 
 
 def _sum(values: Sequence[Array]) -> Array:
-    if not values:
-        return jnp.zeros(())
-    dtype = max((v.dtype for v in values), key=lambda dtype: jnp.finfo(dtype).bits)
-    return jnp.sum(jnp.stack([v.astype(dtype) for v in values]))
+    return promoted_sum(values) if values else jnp.zeros(())

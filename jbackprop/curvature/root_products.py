@@ -21,7 +21,7 @@ from jbackprop.curvature.sweeps import (
     over_deltas,
     portions_of,
 )
-from jbackprop.factored import Factored, PyTree, widest_dtype
+from jbackprop.factored import Factored, PyTree, promoted_sum
 from jbackprop.losses import Loss
 from jbackprop.mesh import examples, like, on_mesh, stacked
 from jbackprop.sweep import batch_size
@@ -83,8 +83,7 @@ def _block_product(
 ) -> PyTree:
     def ask(pairs: Sequence[Factored], owns: Sequence[Any]) -> list[Array]:
         along = [pair.project(own) for pair, own in zip(pairs, owns, strict=True)]
-        wide = widest_dtype([v.dtype for v in along])
-        weights = jnp.sum(jnp.stack([v.astype(wide) for v in along]), axis=0)
+        weights = promoted_sum(along)
         return [lax.psum(pair.total(weights), DELTAS) for pair in pairs]
 
     portions = portions_of(net, loss, roots, params, x, y, key, chunk)

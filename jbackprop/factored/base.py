@@ -31,122 +31,30 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, dataclass_transform
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-PyTree = Any
+from jbackprop.factored.place import Place
+from jbackprop.factored.sums import (
+    Moments,
+    PyTree,
+    einsum,
+    in_shares,
+    over_examples,
+    present,
+    weighted_square,
+)
+
+_K = TypeVar("_K")
 _T = TypeVar("_T")
 Method = Literal["auto", "gram", "materialise"]
 """How inner products of gradients are found where an example has several positions: from the Gram
 matrices of activations and deltas over the positions, by writing the gradients out, or whichever
 takes fewer products."""
-Step = tuple[Any, ...]
-"""One step of a `Place`: ("transpose", axes), ("reshape", shape), ("flip", axes), or ("slice",
-starts, stops) and optionally strides."""
-
-_STEPS: dict[str, Callable[..., Array]] = {
-    "transpose": jnp.transpose,
-    "reshape": jnp.reshape,
-    "slice": lax.slice,
-    "flip": lax.rev,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a factored gradient belongs: a parameter, and the way from it to the canonical form.
-
-    Attributes:
-        shape: the shape of one copy of the parameter.
-        dtype: the parameter's dtype.
-        path: the parameter's name in the network, such as ``layers[2].w``; empty while unknown.
-        steps: transposes, reshapes, slices and flips that lead from one copy of the parameter to
-            the array (G, feature...) whose gradient the kind holds. None at all: a reshape.
-        stack: the leading axes along which copies of the parameter are stacked.
-    """
-
-    shape: tuple[int, ...]
-    dtype: Any
-    path: str = ""
-    steps: tuple[Step, ...] = ()
-    stack: tuple[int, ...] = ()
-
-    def restore(self, canonical: Array) -> Array:
-        """Take (stack * G, feature...) back to the parameter's shape.
-
-        The way there is linear and only moves entries, so that the way back is its transpose; a
-        part that a slice leaves out is zero.
-        """
-        if not self.steps and canonical.shape == self.stack + self.shape:
-            return canonical
-        if not self.steps:
-            return canonical.reshape(self.stack + self.shape)
-        parameter = jax.ShapeDtypeStruct(self.shape, canonical.dtype)
-        shape = jax.eval_shape(self._there, parameter).shape
-        copies = math.prod(self.stack)
-        back = jax.linear_transpose(self._there, parameter)
-        one = jax.vmap(lambda g: back(g.reshape(shape))[0])
-        return one(canonical.reshape(copies, -1)).reshape(self.stack + self.shape)
-
-    def canonical(self, parameter: Array, features: tuple[int, ...]) -> Array:
-        """Take an array of the parameter's shape to (stack * G, *features)."""
-        copies = self.checked(parameter).reshape(math.prod(self.stack), *self.shape)
-        return jax.vmap(self._there)(copies).reshape(-1, *features)
-
-    def checked(self, parameter: Array) -> Array:
-        """An array, if it has the parameter's shape."""
-        if parameter.shape != self.stack + self.shape:
-            raise ValueError(
-                f"{self.path or 'a parameter'} has the shape {self.stack + self.shape}, but the "
-                f"array for it {parameter.shape}"
-            )
-        return parameter
-
-    def _there(self, parameter: Array) -> Array:
-        for name, *arguments in self.steps:
-            parameter = _STEPS[name](parameter, *arguments)
-        return parameter
-
-
-def wide_dtype(dtype: Any) -> Any:
-    """The dtype that sums and costs are kept in: float32 at least."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
-
-
-def widest_dtype(dtypes: Sequence[Any]) -> Any:
-    """Of floating-point dtypes of 32 bits and more, also where JAX promotes nothing by itself."""
-    return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
-
-
-def _column(weights: Array, like: Array) -> Array:
-    return weights.reshape(weights.shape + (1,) * (like.ndim - 1))
-
-
-def present(weights: Array, values: Array) -> Array:
-    """values_n, but 0 for what is not finite in an example of weight 0: it is not there."""
-    absent = (_column(weights, values) == 0) & ~jnp.isfinite(values)
-    return jnp.where(absent, jnp.zeros((), values.dtype), values)
-
-
-def weighted(weights: Array, values: Array) -> Array:
-    """weights_n * values_n, in float32 at least: a small weight must not underflow in float16."""
-    wide = wide_dtype(values.dtype)
-    return _column(weights.astype(wide), values) * present(weights, values).astype(wide)
-
-
-def einsum(spec: str, *operands: Array) -> Array:
-    """`jnp.einsum`, accumulated in float32 at least."""
-    wide = wide_dtype(jnp.result_type(*operands))
-    return jnp.einsum(spec, *operands, preferred_element_type=wide)
-
-
-def wide_square(x: Array) -> Array:
-    """x * x, in float32 at least."""
-    return jnp.square(x.astype(wide_dtype(x.dtype)))
 
 
 class Factored(abc.ABC):
@@ -353,45 +261,6 @@ def devices_of(*sizes: int) -> int:
     return math.gcd(jax.device_count(), *sizes)
 
 
-class Moments(NamedTuple):
-    """The moments of some examples: the sum of their weights, means and variances (trees)."""
-
-    mass: Array
-    mean: PyTree
-    variance: PyTree
-
-    def join(self, other: Moments) -> Moments:
-        """Those of both together, without loss; zeros are those of no examples.
-
-        Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing
-        sample variances (1979).
-        """
-        mass = self.mass + other.mass
-        share = other.mass / jnp.where(mass == 0, 1, mass)
-
-        def mean(m: Array, new: Array) -> Array:
-            return m + share.astype(m.dtype) * (new - m)
-
-        def variance(v: Array, new: Array, m: Array, its: Array) -> Array:
-            part = share.astype(v.dtype)
-            return v + part * (new - v) + part * (1 - part) * jnp.square(its - m)
-
-        return Moments(
-            mass,
-            jax.tree.map(mean, self.mean, other.mean),
-            jax.tree.map(variance, self.variance, other.variance, self.mean, other.mean),
-        )
-
-
-def in_shares(weights: Array | None, n: int, dtype: Any) -> tuple[Array, Array]:
-    """The sum of the weights (ones by default), and the weights over it; zeros if it is 0."""
-    if weights is None:
-        return jnp.asarray(n, dtype), jnp.full(n, 1 / max(n, 1), dtype)
-    weights = weights.astype(dtype)
-    mass = jnp.sum(weights)
-    return mass, weights / jnp.where(mass == 0, 1, mass)
-
-
 def scan_examples(
     f: Callable[[Any], tuple[PyTree, PyTree]],
     tree: PyTree,
@@ -447,18 +316,6 @@ def scan_examples(
     return jax.tree.map(lambda v: v.reshape(n, *v.shape[2:]), each), together
 
 
-def weighted_square(g: Array, weights: Array | None) -> Array:
-    """sum_n weights_n g_n * g_n of g (B, ...)."""
-    if weights is None:
-        weights = jnp.ones(g.shape[0], g.dtype)
-    return over_examples(weights.astype(g.dtype), jnp.square(present(weights, g)))
-
-
-def over_examples(weights: Array, values: Array) -> Array:
-    """sum_n weights_n values_n of values (B, ...): a product of matrices, which XLA does faster."""
-    return jnp.tensordot(weights, values, 1, precision=lax.Precision.HIGHEST)
-
-
 def flat(pair: Factored) -> Array:
     """The gradients of the examples as rows, (B, number of entries)."""
     each = pair.each()
@@ -510,21 +367,8 @@ def kind(*data: str, meta: tuple[str, ...] = ()) -> Callable[[type[_K]], type[_K
     return decorate
 
 
-_K = TypeVar("_K")
-
-
-def somewhere(steps: tuple[Step, ...]) -> Place | None:
-    """A place of which only the steps are known as yet."""
-    return Place((), None, steps=steps) if steps else None
-
-
 def depth_into_groups(x: Array) -> Array:
     """(depth, B, G, ...) -> (B, depth * G, ...)."""
     moved = jnp.moveaxis(x, 0, 1)
     n, depth, groups = moved.shape[:3]  # written out: there may be no examples
     return moved.reshape(n, depth * groups, *moved.shape[3:])
-
-
-def stacked_place(place: Place | None, depth: int) -> Place | None:
-    """The place of `depth` copies, if it is known."""
-    return place and dataclasses.replace(place, stack=(depth, *place.stack))

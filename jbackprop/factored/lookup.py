@@ -8,22 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jbackprop.factored.base import (
-    Factored,
-    Method,
-    Place,
-    Step,
-    depth_into_groups,
-    einsum,
-    fits,
-    in_blocks,
-    kind,
-    somewhere,
-    stacked_place,
-    weighted,
-    wide_dtype,
-)
+from jbackprop.factored.base import Factored, Method, depth_into_groups, fits, in_blocks, kind
 from jbackprop.factored.outer import Outer
+from jbackprop.factored.place import Place, Step, somewhere, stacked_place
+from jbackprop.factored.sums import einsum, weighted, wide_dtype
 
 
 @kind("ids", "delta", meta=("rows",))

@@ -12,16 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jbackprop.factored.base import (
-    Factored,
-    Method,
-    Place,
-    kind,
-    over_examples,
-    present,
-    stacked_place,
-    wide_dtype,
-)
+from jbackprop.factored.base import Factored, Method, kind
+from jbackprop.factored.place import Place, stacked_place
+from jbackprop.factored.sums import over_examples, present, wide_dtype
 
 
 @kind("parts")

@@ -13,21 +13,13 @@ from jbackprop.factored.base import (
     AT_ONCE,
     Factored,
     Method,
-    Place,
-    Step,
     depth_into_groups,
-    einsum,
     fits,
     in_blocks,
-    in_shares,
     kind,
-    present,
-    somewhere,
-    stacked_place,
-    weighted,
-    wide_dtype,
-    wide_square,
 )
+from jbackprop.factored.place import Place, Step, somewhere, stacked_place
+from jbackprop.factored.sums import einsum, in_shares, present, weighted, wide_dtype, wide_square
 
 
 @kind("a", "delta")

@@ -18,21 +18,10 @@ import math
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbackprop.factored.base import (
-    Factored,
-    Method,
-    Place,
-    Step,
-    depth_into_groups,
-    in_blocks,
-    kind,
-    present,
-    somewhere,
-    stacked_place,
-    weighted,
-    wide_dtype,
-)
+from jbackprop.factored.base import Factored, Method, depth_into_groups, in_blocks, kind
 from jbackprop.factored.outer import Outer
+from jbackprop.factored.place import Place, Step, somewhere, stacked_place
+from jbackprop.factored.sums import present, weighted, wide_dtype
 
 
 @dataclasses.dataclass(frozen=True)

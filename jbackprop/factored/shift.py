@@ -8,21 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jbackprop.factored.base import (
-    Factored,
-    Method,
-    Place,
-    Step,
-    depth_into_groups,
-    einsum,
-    fits,
-    kind,
-    present,
-    somewhere,
-    stacked_place,
-    weighted,
-    wide_dtype,
-)
+from jbackprop.factored.base import Factored, Method, depth_into_groups, fits, kind
+from jbackprop.factored.place import Place, Step, somewhere, stacked_place
+from jbackprop.factored.sums import einsum, present, weighted, wide_dtype
 
 
 class _Summed(Factored):

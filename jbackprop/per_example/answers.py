@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jbackprop.checks import flag_of, real_array
-from jbackprop.factored import Method, PyTree, is_factored, wide_dtype
+from jbackprop.factored import Method, PyTree, is_factored, promoted_sum, wide_dtype
 from jbackprop.gradient import Backprop
 from jbackprop.mesh import on_mesh
 from jbackprop.per_example.source import (
@@ -26,7 +26,6 @@ from jbackprop.per_example.source import (
     in_parts,
     like_params,
     opened,
-    promoted_sum,
     split_of,
 )
 

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -21,8 +21,8 @@ from jbackprop.factored import (
     Place,
     PyTree,
     is_factored,
+    promoted_sum,
     scan_examples,
-    widest_dtype,
 )
 from jbackprop.gradient import Ahead, Backprop, check_call, refuse_coupling, sweep_forward
 from jbackprop.losses import Loss
@@ -386,12 +386,6 @@ def in_parts(
     elif isinstance(bp, Collecting):
         moving = bp.batch
     return scan_examples(some, (moving, parts, jnp.arange(n)), n, microbatch, join)
-
-
-def promoted_sum(values: Sequence[Array]) -> Array:
-    """The sum of arrays in the widest of their dtypes."""
-    dtype = widest_dtype([v.dtype for v in values])
-    return functools.reduce(jnp.add, [v.astype(dtype) for v in values])
 
 
 def check_microbatch(microbatch: Any) -> None:
