@@ -12,12 +12,12 @@ import numpy as np
 from jax import Array
 
 from jbackprop.capture import uses
+from jbackprop.capture.operations import Known
 from jbackprop.capture.parts import of_leaf
-from jbackprop.capture.plan import Known, Plan, Planner
+from jbackprop.capture.plan import Plan, Planner
 from jbackprop.capture.uses import Use
 from jbackprop.checks import check_leaves
-
-PyTree = Any
+from jbackprop.factored import PyTree
 
 
 @dataclasses.dataclass

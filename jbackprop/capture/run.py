@@ -20,7 +20,8 @@ from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Literal
 
 from jbackprop.capture.contraction import Contraction, Halves, sharing, zeros_of
-from jbackprop.capture.plan import CHECKPOINTS, Action, Factor, Plan
+from jbackprop.capture.operations import Factor
+from jbackprop.capture.plan import CHECKPOINTS, Action, Plan
 from jbackprop.capture.uses import Use
 
 Seen = dict[int, Array]
