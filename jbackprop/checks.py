@@ -20,8 +20,11 @@ def check_sizes(of: Any, *names: str, least: int = 1) -> None:
         object.__setattr__(of, name, size_of(value, f"{type(of).__name__}: {name}", least))
 
 
-def size_of(value: Any, what: str, least: int = 1) -> int:
-    """A size as an int, NumPy's integers too; raise unless it is one of at least `least`."""
+def size_of(value: Any, what: str, least: int = 1, otherwise: str = "") -> int:
+    """A size as an int, NumPy's integers too; raise unless it is one of at least `least`.
+
+    `otherwise` says in the message what else may be given: that is not looked at here.
+    """
     size = None
     if hasattr(value, "__index__") and not isinstance(value, bool):
         try:
@@ -29,7 +32,7 @@ def size_of(value: Any, what: str, least: int = 1) -> int:
         except TypeError:  # an array of several, or a tracer
             size = None
     if size is None or size < least:
-        raise ValueError(f"{what} must be an int of at least {least}, not {value!r}")
+        raise ValueError(f"{what} must be an int of at least {least}{otherwise}, not {value!r}")
     return size
 
 

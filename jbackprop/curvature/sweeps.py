@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +13,7 @@ from jax import Array, lax
 
 from jbackprop.capture.program import Program, parameter, traced
 from jbackprop.capture.sweep import run_several
+from jbackprop.checks import size_of
 from jbackprop.curvature.roots import Columns, Roots
 from jbackprop.factored import (
     Factored,
@@ -96,10 +96,8 @@ def check_model(
 
 def check_number(name: str, value: Any, optional: bool = False) -> None:
     """Raise unless it is an int of at least 1 (or None)."""
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
-        raise ValueError(f"{name} must be an int of at least 1, not {value!r}")
+    if value is not None or not optional:
+        size_of(value, name)
 
 
 class _Function(Node):

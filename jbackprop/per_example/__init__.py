@@ -16,9 +16,7 @@ from jbackprop.per_example.answers import gram_between as gram_between
 from jbackprop.per_example.answers import norms as norms
 from jbackprop.per_example.answers import project as project
 from jbackprop.per_example.clipping import Clipped as Clipped
-from jbackprop.per_example.clipping import Noisy as Noisy
 from jbackprop.per_example.clipping import clipped_gradient as clipped_gradient
-from jbackprop.per_example.clipping import noisy_gradient as noisy_gradient
 from jbackprop.per_example.clipping import weighted_gradient as weighted_gradient
 from jbackprop.per_example.moments import NoiseScale as NoiseScale
 from jbackprop.per_example.moments import cosine_to_mean as cosine_to_mean
@@ -27,5 +25,7 @@ from jbackprop.per_example.moments import noise_scale as noise_scale
 from jbackprop.per_example.moments import second_moment as second_moment
 from jbackprop.per_example.moments import snr as snr
 from jbackprop.per_example.moments import variance as variance
+from jbackprop.per_example.noise import Noisy as Noisy
+from jbackprop.per_example.noise import noisy_gradient as noisy_gradient
 from jbackprop.per_example.source import Deferred as Deferred
 from jbackprop.per_example.source import deferred as deferred

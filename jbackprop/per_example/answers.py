@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jbackprop.checks import flag_of, real_array
+from jbackprop.checks import flag_of, real_array, size_of
 from jbackprop.factored import Method, PyTree, is_factored, promoted_sum, wide_dtype
 from jbackprop.gradient import Backprop
 from jbackprop.mesh import on_mesh
 from jbackprop.per_example.source import (
     Collecting,
     Deferred,
-    Kept,
+    KeptPairs,
     Pairs,
     Source,
     check_microbatch,
@@ -185,8 +185,7 @@ def gradient_chunks(bp: Pairs, size: int) -> Iterator[PyTree]:
     Raises:
         ValueError: a layer couples the examples; a size below 1.
     """
-    if not hasattr(size, "__index__") or isinstance(size, bool) or size < 1:
-        raise ValueError(f"size must be an int of at least 1, not {size!r}")
+    size = size_of(size, "size")
     n, _ = check_question(bp)
 
     def chunks() -> Iterator[PyTree]:
@@ -275,7 +274,7 @@ def gram_between(
 
 def _pairs(bp: Pairs | Source) -> PyTree:
     source = bp if isinstance(bp, Source) else opened(bp)
-    assert isinstance(source, Kept)
+    assert isinstance(source, KeptPairs)
     return source.pairs
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jbackprop.checks import size_of
 from jbackprop.factored import (
     Factored,
     Full,
@@ -200,7 +201,7 @@ class Source(abc.ABC):
         return jax.tree.map(lambda path: by_path[path], self.layers())
 
 
-class Kept(Source):
+class KeptPairs(Source):
     """Pairs that were kept."""
 
     def __init__(self, pairs: PyTree, n: int, net: Node | None, ahead: Any = None):
@@ -227,7 +228,7 @@ class Kept(Source):
         return jax.tree.map(lambda pair: pair.home, self.pairs, is_leaf=is_factored)
 
 
-class Swept(Source):
+class SweptPairs(Source):
     """Pairs that are contracted as they are born: every question is a sweep back."""
 
     def __init__(self, batch: Deferred, ahead: Ahead, n: int):
@@ -249,7 +250,7 @@ class Swept(Source):
         return trainable_mask(self.batch.net, self.batch.params)
 
 
-class Asked(Source):
+class CollectedPairs(Source):
     """Pairs of any program that are contracted as they are born, whenever something is asked."""
 
     net, ahead = None, None
@@ -267,7 +268,7 @@ class Asked(Source):
         return self.batch.homes()[0]
 
 
-class WrittenOut(Kept):
+class WrittenOut(KeptPairs):
     """The gradients of another source, written out at once: it is asked once."""
 
     def __init__(self, source: Source):
@@ -289,14 +290,14 @@ class WrittenOut(Kept):
 def opened(bp: Pairs) -> Source:
     """The source of what was given, whole."""
     if isinstance(bp, Backprop):
-        return Kept(bp.factored, bp.losses.shape[0], bp.net, bp)
+        return KeptPairs(bp.factored, bp.losses.shape[0], bp.net, bp)
     if isinstance(bp, Deferred):
         ahead = sweep_forward(bp.net, bp.loss, bp.params, bp.x, bp.y, bp.key)
-        return Swept(bp, ahead, batch_size(bp.x))
+        return SweptPairs(bp, ahead, batch_size(bp.x))
     if isinstance(bp, Collecting):
-        return Asked(bp)
+        return CollectedPairs(bp)
     pairs = jax.tree.leaves(bp, is_leaf=is_factored)
-    return Kept(bp, pairs[0].size, None)
+    return KeptPairs(bp, pairs[0].size, None)
 
 
 def split_of(bp: Pairs) -> Any:
@@ -373,10 +374,10 @@ def in_parts(
         if isinstance(bp, Backprop):
             pairs, *ahead = moving
             seen = dataclasses.replace(bp, losses=ahead[0], outputs=ahead[1])
-            return question(Kept(pairs, at.shape[0], bp.net, seen), own)
+            return question(KeptPairs(pairs, at.shape[0], bp.net, seen), own)
         if isinstance(bp, Collecting):
             return question(opened(bp.replaced(moving)), own)
-        return question(Kept(moving, at.shape[0], None), own)
+        return question(KeptPairs(moving, at.shape[0], None), own)
 
     moving = bp
     if isinstance(bp, Backprop):
@@ -390,9 +391,5 @@ def in_parts(
 
 def check_microbatch(microbatch: Any) -> None:
     """Raise where it is no number of examples."""
-    if microbatch is not None and (
-        not hasattr(microbatch, "__index__") or isinstance(microbatch, bool) or microbatch < 1
-    ):
-        raise ValueError(
-            f"microbatch must be an int of at least 1, or None for all at once, not {microbatch!r}"
-        )
+    if microbatch is not None:
+        size_of(microbatch, "microbatch", otherwise=", or None for all at once")

@@ -24,10 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jbackprop.checks import check_flags
+from jbackprop.checks import check_flags, size_of
 from jbackprop.factored import PyTree
 from jbackprop.saved.configuration import difference
-from jbackprop.train.checks import check_whole
 from jbackprop.train.fingerprints import described, flat, unflat
 
 _FORMAT = 1
@@ -66,8 +65,8 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         if self.every is not None:
-            check_whole("Checkpoints: every", self.every, ", or None for the ends of epochs alone")
-        check_whole("Checkpoints: keep", self.keep)
+            size_of(self.every, "Checkpoints: every", otherwise=", or None for the ends of epochs")
+        size_of(self.keep, "Checkpoints: keep")
         check_flags(self, "higher_is_better")
         if not isinstance(self.folder, str | Path):
             raise TypeError(f"Checkpoints: folder must be a path, not {self.folder!r}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbackprop import mesh
-from jbackprop.checks import check_params
+from jbackprop.checks import check_params, size_of
 from jbackprop.credit import Rule, State
 from jbackprop.factored import PyTree
 from jbackprop.gradient import check_loss, check_net
@@ -149,13 +148,13 @@ def check_batch_size(batch_size: int | None, n: int) -> int:
     """The size of a batch, all n for None."""
     if batch_size is None:
         return n
-    check_whole("batch_size", batch_size, ", or None for the whole data at once")
+    batch_size = size_of(batch_size, "batch_size", otherwise=", or None for the whole data at once")
     if batch_size > n:
         raise ValueError(
             f"batch_size is {batch_size}, but there are only {n} training examples; "
             "None takes them all at once"
         )
-    return operator.index(batch_size)
+    return batch_size
 
 
 _TAKEN = {
@@ -183,12 +182,6 @@ def check_metrics(metrics: Any) -> tuple[tuple[str, Any], ...]:
         if why or not isinstance(name, str):
             raise ValueError(f"a metric cannot be called {name!r}: {why or 'take a text'}")
     return pairs
-
-
-def check_whole(name: str, value: Any, otherwise: str = "") -> None:
-    """Raise unless it is an int, and at least 1."""
-    if not hasattr(value, "__index__") or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1{otherwise}; got {value!r}")
 
 
 def _array(leaf: Any) -> np.ndarray:

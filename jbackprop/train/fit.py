@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jbackprop.averages import AveragesByPath, check_folds
-from jbackprop.checks import check_key, flag_of, function_of
+from jbackprop.checks import check_key, flag_of, function_of, size_of
 from jbackprop.credit import Rule, State
 from jbackprop.factored import PyTree
 from jbackprop.losses import Loss
@@ -20,7 +20,7 @@ from jbackprop.sharding import Sharding
 from jbackprop.sweep import Node
 from jbackprop.train.accounting import Privacy
 from jbackprop.train.checkpoints import Checkpoints, Store
-from jbackprop.train.checks import Fitting, check_batch_size, check_metrics, check_whole
+from jbackprop.train.checks import Fitting, check_batch_size, check_metrics
 from jbackprop.train.data import Loaded, examples_of
 from jbackprop.train.evaluation import Metric, evaluated
 from jbackprop.train.kept import Kept, check_agreed, configuration_of, monitoring
@@ -193,7 +193,7 @@ def fit(
                 f"{option} must be a jbackprop {kind.__name__}, not {options[option]!r}"
             )
     check_key(key)
-    check_whole("epochs", epochs)
+    epochs = size_of(epochs, "epochs")
     resume = flag_of(resume, "resume")
     progress = None if progress is None else flag_of(progress, "progress")
     hooks = tuple(function_of(hook, "each of callbacks") for hook in callbacks)

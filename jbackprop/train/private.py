@@ -16,13 +16,8 @@ from jax import Array
 from jbackprop.checks import check_numbers
 from jbackprop.factored import PyTree
 from jbackprop.gradient import refuse_coupling
-from jbackprop.per_example.clipping import (
-    Scheme,
-    check_bounds,
-    clipped_sums,
-    noised,
-    sensitivity_of,
-)
+from jbackprop.per_example.clipping import Scheme, check_bounds, clipped_sums
+from jbackprop.per_example.noise import noised, sensitivity_of
 from jbackprop.per_example.source import Deferred, check_microbatch
 from jbackprop.structure import trainable_mask
 from jbackprop.train.accounting import Privacy, epsilon_of, noise_multiplier
