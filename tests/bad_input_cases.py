@@ -829,6 +829,8 @@ def others():
             (lambda: capture(w, X, has_aux="yes"), "has_aux must"),
             (lambda: jb.capture.deferred("model"), "cost must be a function"),
             (lambda: jb.capture.explain("model"), "cost must be a function"),
+            (lambda: jb.capture.deferred(model_cost, has_aux="yes"), "has_aux must"),
+            (lambda: jb.capture.explain(model_cost, has_aux="yes"), "has_aux must"),
         ],
         "diagnose.plot": [
             (lambda: jb.diagnose.plot(None), "flow must"),
@@ -942,6 +944,7 @@ def others():
             (lambda: of_check_gradient(np.ones(3), tolerance="a"), "tolerance must"),
             (lambda: of_check_gradient(np.ones(3), seed=-1), "seed must"),
             (lambda: of_check_gradient(np.ones(3), seed=1.5), "seed must"),
+            (lambda: of_check_gradient(np.ones(3), exact="no"), "exact.* must"),
             (lambda: jb.check.gradient(jnp.sin, np.ones(3), candidate=np.ones(3)), "one scalar"),
             (lambda: jb.check.gradient("f", np.ones(3), candidate=np.ones(3)), "fun must"),
         ],
@@ -950,6 +953,7 @@ def others():
         ],
         "check.jvp": [
             (lambda: jb.check.jvp("f", np.ones(3)), "fun must"),
+            (lambda: of_check_jvp(exact="no"), "exact.* must"),
             (lambda: jb.check.jvp(jnp.sin, np.ones(3, int)), "no floating-point"),
             (lambda: jb.check.jvp(jnp.sin, np.ones(3, complex)), "complex"),
         ],
@@ -957,6 +961,7 @@ def others():
         "check.vjp": [
             (lambda: jb.check.vjp("f", np.ones(3)), "fun must"),
             (lambda: jb.check.vjp(jnp.sin), "no floating-point"),
+            (lambda: of_check_vjp(exact="no"), "exact.* must"),
             (lambda: jb.check.vjp(jnp.sin, "a"), "no floating-point"),
         ],
         "check.assert_vjp": [(lambda: jb.check.assert_vjp("f", np.ones(3)), "fun must")],
@@ -972,6 +977,16 @@ def others():
         "check.network": [
             (lambda: jb.check.network(*CALL.values(), dtype="words"), "dtype must"),
             (lambda: jb.check.network(*CALL.values(), dtype=int), "dtype must"),
+        ],
+        "CSVLogger": [
+            (lambda v=v: jb.CSVLogger("log.csv", overwrite=v), "CSVLogger: overwrite must")
+            for v in ("no", 1, None)
+        ],
+        "JSONLinesLogger": [
+            (lambda: jb.JSONLinesLogger("log.jsonl", overwrite="no"), "overwrite must")
+        ],
+        "TensorBoardLogger": [
+            (lambda: jb.TensorBoardLogger("runs", overwrite="no"), "overwrite must")
         ],
         "Sequential": [(lambda v=v: jb.Sequential(v), "which is no layer") for v in NETS]
         + [(lambda: jb.Sequential(), "at least one layer")],

@@ -103,6 +103,7 @@ class Capture:
             TypeError, ValueError: as `capture`.
         """
         function_of(cost, "cost")
+        flag_of(has_aux, "has_aux")
 
         def later(params: PyTree, *batch: Any) -> DeferredCapture:
             n = traced(cost, has_aux, params, batch).n
@@ -126,6 +127,7 @@ class Capture:
             TypeError, ValueError: as `capture`.
         """
         function_of(cost, "cost")
+        flag_of(has_aux, "has_aux")
 
         def explained(params: PyTree, *batch: Any) -> Explanation:
             return explanation(traced(cost, has_aux, params, batch))

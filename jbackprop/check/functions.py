@@ -74,7 +74,7 @@ def gradient(
         ValueError: fun is no scalar, or candidate has another structure than args[argnums].
         TypeError: no floating-point leaf to differentiate by, or complex ones.
     """
-    check_options(truth, tolerance, directions, seed)
+    check_options(truth, tolerance, directions, seed, exact)
     numbers = _argnums(argnums)
     inputs = Inputs(fun, args, numbers, isinstance(argnums, int))
     check_scalar(fun, args)
@@ -124,7 +124,7 @@ def vjp(
     Raises:
         TypeError: no floating-point inputs or outputs, or complex ones.
     """
-    check_options(truth, tolerance, directions, seed)
+    check_options(truth, tolerance, directions, seed, exact)
     inputs, names = _parted(fun, primals, argnums)
     rng, dtype = np.random.default_rng(seed), coarsest(inputs.dtypes)
     with as_given(dtype):
@@ -197,7 +197,7 @@ def jvp(
     Raises:
         TypeError: no floating-point inputs or outputs, or complex ones.
     """
-    check_options(truth, tolerance, directions, seed)
+    check_options(truth, tolerance, directions, seed, exact)
     inputs, names = _parted(fun, primals, argnums)
     rng, dtype = np.random.default_rng(seed), coarsest(inputs.dtypes)
     tangents = _drawn(rng, inputs.active, [f"along {name} alone" for name in inputs.names])

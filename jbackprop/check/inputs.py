@@ -13,7 +13,7 @@ from jax import Array
 
 from jbackprop.check.precision import as_jax, coarsest, is_float
 from jbackprop.check.programs import at_any_precision
-from jbackprop.checks import function_of, number_of
+from jbackprop.checks import flag_of, function_of, number_of
 from jbackprop.factored import PyTree
 from jbackprop.structure import suffix
 
@@ -202,8 +202,12 @@ def output_names(out: Any) -> list[str]:
     ]
 
 
-def check_options(truth: str, tolerance: float | None, directions: int, seed: int) -> None:
+def check_options(
+    truth: str, tolerance: float | None, directions: int, seed: int, exact: bool | None = None
+) -> None:
     """Raise for options that mean nothing."""
+    if exact is not None:
+        flag_of(exact, "exact, if it is given,")
     if tolerance is not None:
         number_of(tolerance, "tolerance", above=0)
     for name, value in (("directions", directions), ("seed", seed)):

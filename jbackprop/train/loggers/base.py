@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 
+from jbackprop.checks import flag_of
 from jbackprop.train.fit import Epoch
 
 
@@ -31,7 +32,7 @@ class Logger(abc.ABC):
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False):
         self.path = self._file = Path(path)
-        self._overwrite = overwrite
+        self._overwrite = flag_of(overwrite, f"{type(self).__name__}: overwrite")
         self._number: int | None = None  # the last epoch seen
         self._complete = False  # whether the rows up to it are in the file
         if jax.process_index() == 0:
