@@ -59,7 +59,7 @@ def flag_of(value: Any, what: str) -> bool:
     return bool(value)
 
 
-def check_numbers(of: Any, *names: str, **bounds: float) -> None:
+def check_numbers(of: Any, *names: str, **bounds: Any) -> None:
     """Make each field named a float; raise unless `number_of` takes it."""
     for name in names:
         number = number_of(getattr(of, name), f"{type(of).__name__}: {name}", **bounds)
@@ -74,6 +74,7 @@ def number_of(
     above: float = -math.inf,
     most: float = math.inf,
     below: float = math.inf,
+    otherwise: str = "",
 ) -> float:
     """A number as Python's float; raise unless it is real, finite and within bounds.
 
@@ -82,6 +83,7 @@ def number_of(
         what: what it is, for the message.
         least, above: the lower bound, with and without itself.
         most, below: the upper bound, with and without itself.
+        otherwise: what else may be given, for the message.
 
     Raises:
         ValueError: a number out of bounds, or none: text, None, an array of several.
@@ -89,7 +91,7 @@ def number_of(
     bounds = (("at least ", least), ("above ", above), ("at most ", most), ("below ", below))
     given = " and ".join(f"{word}{b:g}" for word, b in bounds if math.isfinite(b))
     given = f" of {given}" if given.startswith("at") else f" {given}" if given else ""
-    due = f"{what} must be a finite number{given}, not {value!r}"
+    due = f"{what} must be a finite number{given}{otherwise}, not {value!r}"
     number = _real(value)
     if number is None or not (least <= number <= most and above < number < below):
         raise ValueError(due)

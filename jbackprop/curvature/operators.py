@@ -75,7 +75,7 @@ def ggn_operator(
     return _operator(product, params, damping, "positive_semidefinite_tag")
 
 
-def _damping(value: Any, **bounds: float) -> Any:
+def _damping(value: Any, **bounds: Any) -> Any:
     """A number; traced, it is taken as it is."""
     return value if isinstance(value, jax.core.Tracer) else number_of(value, "damping", **bounds)
 

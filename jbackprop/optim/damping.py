@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from jbackprop.checks import check_numbers, check_sizes
+from jbackprop.checks import check_numbers, check_sizes, number_of
 from jbackprop.factored import PyTree, wide_dtype, widest_dtype
 from jbackprop.mesh import WHOLE, on_mesh
 
@@ -68,22 +68,14 @@ Damping = float | LevenbergMarquardt
 
 def check_damping(damping: Any) -> None:
     """Raise unless it is a positive number or a rule."""
-    if isinstance(damping, LevenbergMarquardt):
-        return
-    number = isinstance(damping, float | int) and not isinstance(damping, bool)
-    if not (number and 0 < damping < math.inf):
-        raise ValueError(
-            f"damping must be a positive number, or LevenbergMarquardt(...), not {damping!r}"
-        )
+    if not isinstance(damping, LevenbergMarquardt):
+        number_of(damping, "damping", above=0, otherwise=", or LevenbergMarquardt(...)")
 
 
 def check_rate(rate: Any, optional: bool = False) -> None:
     """Raise unless it is a positive number, a schedule, or (where it is optional) None."""
-    if callable(rate) or (optional and rate is None):
-        return
-    number = isinstance(rate, float | int) and not isinstance(rate, bool)
-    if not (number and 0 < rate < math.inf):
-        raise ValueError(f"learning_rate must be a positive number or a schedule, not {rate!r}")
+    if not (callable(rate) or (optional and rate is None)):
+        number_of(rate, "learning_rate", above=0, otherwise=", or a schedule")
 
 
 def initial(damping: Damping) -> Array:
