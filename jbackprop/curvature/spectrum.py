@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse.linalg
 from jax import Array, lax
 
 from jbackprop.checks import check_key, flag_of, number_of
@@ -96,6 +95,8 @@ def _largest(
     product: Callable[[Any], Any], start: Array, number: int, tolerance: float
 ) -> tuple[Any, Any]:
     """Eigenvalues and eigenvectors (size, number) of largest absolute value."""
+    import scipy.sparse.linalg as sparse  # here: it takes long to import
+
     size, dtype = start.shape[0], start.dtype
 
     def times(v: Any) -> Any:
@@ -107,10 +108,10 @@ def _largest(
     elif not np.any(times(start)):  # a matrix of zeros, which ARPACK refuses
         values, found = np.zeros(number, dtype), np.eye(size, number, dtype=dtype)
     else:
-        operator = scipy.sparse.linalg.LinearOperator(
+        operator = sparse.LinearOperator(
             (size, size), matvec=lambda v: times(v.reshape(-1)), dtype=dtype
         )
-        values, found = scipy.sparse.linalg.eigsh(
+        values, found = sparse.eigsh(
             operator, number, which="LM", v0=np.asarray(start), tol=tolerance
         )
     order = np.argsort(-np.abs(values))[:number]
