@@ -44,7 +44,8 @@ figcaption { color: var(--dim); font-size: .88rem; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; }
 code, pre { font: .84rem/1.4 ui-monospace, monospace; background: var(--soft); }
-table.mid td { vertical-align: middle; line-height: 1.25; padding-top: .3rem; padding-bottom: .3rem; }
+table.mid td { vertical-align: middle; line-height: 1.25; padding: .3rem .6rem .3rem 0; }
+td .name { white-space: normal; max-width: 15rem; overflow-wrap: anywhere; }
 td svg { display: block; }
 td small, th small { color: var(--dim); font-size: .74rem; font-weight: 400; }
 .strong { font-weight: 600; }
@@ -55,11 +56,12 @@ td small, th small { color: var(--dim); font-size: .74rem; font-weight: 400; }
 .tiles div { background: var(--soft); border-radius: .4rem; padding: .6rem .8rem .55rem; }
 .tiles dt { color: var(--dim); font-size: .78rem; }
 .tiles dd { margin: 0; font-size: 1.35rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.tiles dd small { display: block; color: var(--dim); font-size: .74rem; line-height: 1.3; }
+.tiles dd small { display: block; color: var(--dim); font-size: .74rem; line-height: 1.3;
+                  overflow-wrap: anywhere; }
 .facts { list-style: none; margin: 1rem 0 0; padding: 0; max-width: 60rem; }
 .facts li { padding: .28rem 0 .28rem 1.7rem; position: relative; }
 .facts li::before { position: absolute; left: .1rem; font-weight: 700; color: var(--blue);
-                    content: "\\00b7"; }
+                    content: "\\2022"; }
 .facts .look::before { content: "\\25b2"; color: var(--orange); font-size: .8em; top: .42rem; }
 .facts .bad { background: #fbeee6; border-radius: .3rem; }
 .facts .bad::before { content: "\\2716"; color: var(--orange); left: .4rem; }
@@ -67,6 +69,7 @@ td small, th small { color: var(--dim); font-size: .74rem; font-weight: 400; }
         column-gap: 2.2rem; }
 .pair h2 { margin-top: 1.6rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)); gap: .7rem; }
+.cards.text { grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
 .cards figure { margin: 0; padding: .55rem; border: 1px solid var(--line); border-radius: .4rem;
                 break-inside: avoid; overflow-wrap: anywhere; }
 .cards figure.odd { border-color: var(--orange); box-shadow: inset 0 2.5px 0 var(--orange); }
@@ -76,6 +79,7 @@ td small, th small { color: var(--dim); font-size: .74rem; font-weight: 400; }
 .cards figcaption small { color: var(--dim); font-size: .74rem; display: block; }
 .cards pre { font-size: .74rem; margin: 0 0 .4rem; padding: .35rem .45rem; overflow: hidden;
              white-space: pre-wrap; border-radius: .2rem; }
+.cards pre b { font-weight: 400; float: right; color: var(--dim); }
 footer { color: var(--dim); font-size: .8rem; margin: 3rem 0 1rem; }
 @media print { body { max-width: none; margin: 0; font-size: 11px; } h2 { break-after: avoid; }
   figure, tr, .facts li { break-inside: avoid; } thead { display: table-header-group; }
@@ -270,7 +274,7 @@ def bars(
     """A histogram as small as a word, for a cell of a table.
 
     Args:
-        counts: the heights of the bars.
+        counts: the bars are as high as their square roots, so that one can see the tails.
         title: what is seen, shown on hovering.
         start, of: the place of the first bar on an axis that has room for `of` bars, which several
             cells share; by default it has room for these alone.
@@ -308,27 +312,30 @@ def image(array: np.ndarray, alt: str, low: float, high: float) -> Markup:
     from matplotlib.image import imsave
 
     array = np.asarray(array, np.float64)
-    share = (array - low) / (high - low if high > low else 1)
+    share = np.asarray((array - low) / (high - low if high > low else 1))
     if array.ndim == 3 and array.shape[-1] == 3:
         rgb = np.clip(share, 0, 1)
     else:
         rgb = np.repeat(np.clip(1 - share.reshape(array.shape[:2])[..., None], 0, 1), 3, axis=-1)
-    odd = ~np.isfinite(rgb).all(axis=-1)
-    rgb = np.where(odd[..., None], np.array([0xD5, 0x5E, 0]) / 255, rgb)
+    there = np.isfinite(rgb).all(axis=-1, keepdims=True)
+    rgb = np.where(there, rgb, np.array([0xD5, 0x5E, 0]) / 255)
     out = BytesIO()
-    imsave(out, np.round(255 * rgb).astype(np.uint8), format="png", metadata={"Software": None})
+    imsave(out, np.round(255 * rgb).astype(np.uint8), format="png")
     data = base64.b64encode(out.getvalue()).decode("ascii")
     return Markup(f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">')
 
 
-def cards(items: Iterable[tuple[str, str, bool]]) -> str:
-    """Small cards in rows: (what is shown, what it says below, whether it stands out)."""
+def cards(items: Iterable[tuple[str, str, bool]], *, text: bool = False) -> str:
+    """Small cards in rows: (what is shown, what it says below, whether it stands out).
+
+    With `text` they are wider, as words need it.
+    """
     inside = (
         f"<figure{' class=odd' if odd else ''}>{plain(shown)}"
         f"<figcaption>{plain(said)}</figcaption></figure>"
         for shown, said, odd in items
     )
-    return f'<div class="cards">{"".join(inside)}</div>'
+    return f'<div class="cards{" text" if text else ""}">{"".join(inside)}</div>'
 
 
 def details(summary: str, *parts: str) -> str:

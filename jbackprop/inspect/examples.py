@@ -8,13 +8,14 @@ from html import escape
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jbackprop.checks import shape_of
 from jbackprop.html import Markup, cards, image, number
 from jbackprop.inspect.figures import Inspection
-from jbackprop.inspect.targets import classes_of
-from jbackprop.losses import CrossEntropy, SigmoidCrossEntropy, SoftmaxCrossEntropy
+from jbackprop.inspect.targets import CLASSES, classes_of
+from jbackprop.losses import SigmoidCrossEntropy
 
 MOST = 5
 """So many features or outputs of an example are shown."""
@@ -83,11 +84,11 @@ def gallery(seen: Inspection, y: Any, showing: Showing, rows: Sequence[int]) -> 
             of_all = f"{100 * share:.2g} %" if share >= 1e-4 else "&lt; 0.01 %"
             lines.append(f"norm {number(seen.norms[row])}")
             if np.isfinite(values[row]):
-                lines.append(f"<small>{of_all} of all squares</small>")
+                lines.append(f"<small>share {of_all}</small>")
         lines.append(f"<small>cost {number(seen.costs[row])}</small>")
         odd = not np.isfinite(values[row]) or (wrong is not None and bool(wrong[row]))
         items.append((shown.of(row), Markup("".join(_lines(lines))), odd))
-    return cards(items)
+    return cards(items, text=showing.image_shape is None)
 
 
 def _lines(lines: Sequence[str]) -> list[str]:
@@ -96,36 +97,36 @@ def _lines(lines: Sequence[str]) -> list[str]:
 
 def _verdict(seen: Inspection, y: Any, showing: Showing, row: int) -> str:
     """Target and prediction of one example, as HTML."""
-    z = seen.outputs[row]
+    z, loss = seen.outputs[row], seen.loss
     target = np.asarray(jax.tree.leaves(y)[0][row])
-    p = np.asarray(seen.loss.predict(z[None]))[0]
-    if isinstance(seen.loss, SoftmaxCrossEntropy | CrossEntropy) and z.ndim == 1:
+    p = np.asarray(loss.predict(jnp.asarray(z)[None]))[0]
+    if isinstance(loss, CLASSES) and z.ndim == 1:
         label, guess = int(classes_of(z, target)), int(np.argmax(p))
-        sure = f" ({p[guess]:.0%})" if np.isfinite(p).all() else " (not finite)"
-        if label == guess:
-            return f"{_class(showing, label)}{sure}"
-        if label == getattr(seen.loss, "ignore_index", None):
-            return f"no target, taken for {_class(showing, guess)}{sure}"
-        taken = f"taken for {_class(showing, guess)}{sure}"
-        return f"<span class=strong>is {_class(showing, label)}</span>, {taken}"
-    if isinstance(seen.loss, SigmoidCrossEntropy) and z.shape == (1,):
-        label, sure = int(target[0] > 0.5), float(p[0])
-        guess = int(sure > 0.5)
-        certain = f" ({max(sure, 1 - sure):.0%})"
-        if label == guess:
-            return f"{_class(showing, label)}{certain}"
-        taken = f"taken for {_class(showing, guess)}{certain}"
-        return f"<span class=strong>is {_class(showing, label)}</span>, {taken}"
+        if label == getattr(loss, "ignore_index", None):
+            return f"no target, {_taken(showing, guess, p[guess])}"
+        return _judged(showing, label, guess, p[guess])
+    if isinstance(loss, SigmoidCrossEntropy) and z.shape == (1,):
+        guess = int(p[0] > 0.5)
+        return _judged(showing, int(target[0] > 0.5), guess, p[0] if guess else 1 - p[0])
     if seen.outcome.name == "accuracy":
-        return (
-            f"{seen.outcome.values[row]:.0%} of {int(np.prod(z.shape[:-1])) or 1:,} right"
-            if (z.ndim > 1)
-            else f"{seen.outcome.values[row]:.0%} of {z.size:,} labels right"
-        )
+        places = int(np.prod(z.shape[:-1])) if isinstance(loss, CLASSES) else z.size
+        return f"{seen.outcome.values[row]:.0%} of {places:,} right"
     if showing.units is not None:
         offset, factor = showing.units
         target, p = offset + factor * target, offset + factor * p
     return f"{_few(target)}, predicted {_few(p)}"
+
+
+def _judged(showing: Showing, label: int, guess: int, p: float) -> str:
+    if label == guess and np.isfinite(p):
+        return f"{_class(showing, label)} ({p:.0%})"
+    return f"<span class=strong>is {_class(showing, label)}</span>, {_taken(showing, guess, p)}"
+
+
+def _taken(showing: Showing, guess: int, p: float) -> str:
+    if not np.isfinite(p):
+        return "outputs not finite"
+    return f"taken for {_class(showing, guess)} ({p:.0%})"
 
 
 def _class(showing: Showing, label: int) -> str:
@@ -177,9 +178,10 @@ class _Shown:
         away = (v - self.mean) / np.where(self.std > 0, self.std, 1)
         order = np.argsort(-np.where(np.isfinite(away), np.abs(away), np.inf), kind="stable")
         names = self.showing.features or tuple(f"x[{i}]" for i in range(len(v)))
-        return _text(
-            "\n".join(f"{names[i]} {number(v[i])} ({away[i]:+.1f} sd)" for i in order[:MOST])
+        lines = (
+            f"{escape(names[i])} = {number(v[i])}<b>{away[i]:+.1f} sd</b>" for i in order[:MOST]
         )
+        return Markup(f"<pre>{'<br>'.join(lines)}</pre>")
 
 
 def _array(v: np.ndarray) -> str:
@@ -188,8 +190,8 @@ def _array(v: np.ndarray) -> str:
         return " ".join(map(str, flat[:40])) + (" ..." if flat.size > 40 else "")
     if v.size <= MOST:
         return _few(v)
-    size = " x ".join(map(str, v.shape))
-    return f"{size}, mean {number(float(v.mean()))}, from {number(float(v.min()))} to {number(float(v.max()))}"
+    least, middle, most = (number(float(f(v))) for f in (np.min, np.mean, np.max))
+    return f"{' x '.join(map(str, v.shape))}: from {least} to {most}, mean {middle}"
 
 
 def _text(text: str) -> Markup:

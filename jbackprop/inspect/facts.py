@@ -130,11 +130,13 @@ def _units(seen: Inspection) -> Iterator[Fact]:
     dead = [(l, u) for l, u in own if u.dead > 0]
     if dead and seen.examples >= ENOUGH:
         layer, units = max(dead, key=lambda pair: pair[1].dead)
-        others = f", and units of {len(dead) - 1} more layers are" if len(dead) > 1 else ""
+        others = {1: "", 2: " So are some of one other layer."}.get(
+            len(dead), f" So are some of {len(dead) - 1} other layers."
+        )
         yield Fact(
             "look" if units.dead > 0.05 else "plain",
             f"{units.dead:.1%} of the {units.number:,} units of {layer.path} ({layer.layer}) are "
-            f"dead{others}: f' is 0 for every example, so that no delta passes.",
+            f"dead: f' is 0 for every example, so that no delta passes.{others}",
         )
     layer, units = max(own, key=lambda pair: pair[1].saturated - pair[1].off)
     if units.saturated - units.off > 0.25:

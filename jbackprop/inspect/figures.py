@@ -49,6 +49,7 @@ class LayerFigures:
     """One layer; in a scanned composite one copy of it.
 
     Attributes:
+        number: its place among all layers, from 1.
         path, layer: where it is, and what, printed.
         parameters: their number.
         shape: of its output for one example, printed.
@@ -59,6 +60,7 @@ class LayerFigures:
         units: of an elementwise activation.
     """
 
+    number: int
     path: str
     layer: str
     parameters: int
@@ -219,7 +221,10 @@ def _measured(
             seen[path].activations.recount(look.y)
     names = {path: repr(layer) for path, layer in layers_by_copy(net).items()}
     sizes = by_copy(net, {path: own for path, _, own in walk(net, params)})
-    layers = tuple(seen[path].figures(path, names[path], count(sizes[path])) for path in names)
+    layers = tuple(
+        seen[path].figures(i, path, names[path], count(sizes[path]))
+        for i, path in enumerate(names, start=1)
+    )
     earlier: dict[str, list[np.ndarray]] = {}
     if before is not None:
         weighted = [l.path for l in layers if l.parameters and l.delta_norms is not None]
@@ -295,9 +300,9 @@ class _Seen:
         self._dead: np.ndarray | None = None
 
     def add(self, look: Any, delta: Any) -> None:
-        self._shape = ", ".join(
-            " x ".join(map(str, leaf.shape[1:])) or "1" for leaf in jax.tree.leaves(look.y)
-        )
+        shapes = [" x ".join(map(str, v.shape[1:])) or "1" for v in jax.tree.leaves(look.y)]
+        same = len(shapes) > 1 and len(set(shapes)) == 1
+        self._shape = f"{len(shapes)} of {shapes[0]}" if same else ", ".join(shapes)
         self.activations.add(look.y)
         if jax.tree.leaves(delta):
             self.deltas.add(delta, decades=True)
@@ -311,12 +316,13 @@ class _Seen:
             dead = (slope == 0).all(axis=0)
             self._dead = dead if self._dead is None else self._dead & dead
 
-    def figures(self, path: str, layer: str, parameters: int) -> LayerFigures:
+    def figures(self, number: int, path: str, layer: str, parameters: int) -> LayerFigures:
         units = None
         if self._dead is not None and self._pairs:
             shares = self._saturated / self._pairs, self._off / self._pairs
             units = Units(self._dead.size, *shares, float(self._dead.mean()))
         return LayerFigures(
+            number,
             path,
             layer,
             parameters,

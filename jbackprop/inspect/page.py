@@ -119,7 +119,7 @@ def page(
 ) -> str:
     """The page of what was measured."""
     lines = facts(seen, history)
-    parts = [_head(seen, title, about), html.facts(lines)]
+    parts = [_head(seen, showing, about), html.facts(lines)]
     flow = saturation = curve = ""
     if seen.weighted:
         flow = html.heading("Flow of the delta") + pictures.flow(seen)
@@ -136,7 +136,7 @@ def page(
     return html.page(title, *parts)
 
 
-def _head(seen: Inspection, title: str, about: str) -> str:
+def _head(seen: Inspection, showing: Showing, about: str) -> str:
     tiles = [
         (
             "parameters",
@@ -149,15 +149,26 @@ def _head(seen: Inspection, title: str, about: str) -> str:
     if seen.outcome.name == "accuracy":
         share = seen.outcome.mean
         exact = "NaN" if np.isnan(share) else f"{share:.1%}"
-        wrong = int(seen.outcome.wrong.sum()) if seen.outcome.wrong is not None else 0
-        tiles.append(("accuracy", exact, f"{wrong:,} not right"))
+        wrong = seen.outcome.wrong
+        note = "of all labels or positions" if wrong is None else f"{int(wrong.sum()):,} not right"
+        tiles.append(("accuracy", exact, note))
     elif seen.outcome.name:
-        tiles.append(("absolute error", number(seen.outcome.mean), "mean, in units of the outputs"))
+        tiles.append(_error(seen, showing))
     if seen.norms is not None:
         own = seen.norms[np.isfinite(seen.norms)]
         median = float(np.median(own)) if own.size else float("nan")
         tiles.append(("gradient norm", number(median), "median over the examples"))
     return (html.lead(about) if about else "") + html.tiles(tiles)
+
+
+def _error(seen: Inspection, showing: Showing) -> tuple[str, str, str]:
+    """The mean absolute error, in the targets' own units where there is one scale for all."""
+    if showing.units is None:
+        return "absolute error", number(seen.outcome.mean), "mean over the examples"
+    scale = np.unique(np.asarray(showing.units[1], np.float64))
+    if scale.size > 1:
+        return "absolute error", number(seen.outcome.mean), "mean, of standardised targets"
+    return "absolute error", number(seen.outcome.mean * float(scale[0])), "in the targets' units"
 
 
 def _short(text: str, most: int = 44) -> str:
@@ -171,11 +182,15 @@ def _extremes(seen: Inspection, y: Any, showing: Showing) -> list[str]:
     wrong = seen.outcome.wrong
     marked = " What is not right is marked in orange." if wrong is not None else ""
     said = (
-        "Of each its target, and what it was taken for with which probability if that is another; "
-        "the norm of its gradient, and its share of the sum of all squared norms."
-        if seen.outcome.name == "accuracy" and seen.norms is not None
-        else "Of each its target, what was predicted, and its cost."
+        "Of each example what it is, or what it was taken for and with which probability"
+        if seen.outcome.name == "accuracy" and seen.outcome.labels is not None
+        else "Of each example its target and the prediction"
     )
+    if seen.norms is not None:
+        said += "; the norm of its gradient; the share of that in the sum of all squared norms"
+    said += "; and its cost."
+    if showing.image_shape is None and showing.describe is None:
+        said += " Features: those farthest from their mean, in standard deviations (sd)."
     parts = [html.heading(f"Examples with the largest {what}")]
     parts.append(html.note(said + marked))
     parts.append(gallery(seen, y, showing, list(seen.largest)))
@@ -191,17 +206,18 @@ def _layers(seen: Inspection) -> str:
     low, high = (f"{10.0 ** (at / PER_DECADE):.0e}" for at in (first, first + bins))
     axis = f"<small>{low} to {high}, log axis</small>" if bins else ""
     columns = (
-        "layer", ">parameters", ">output", "activations", ">mean", ">sd", ">zero",
+        ">", "layer", ">parameters", ">output", "activations", ">mean", ">sd", ">zero",
         Markup(f"size of deltas<br>{axis}"), ">mean", ">sd", ">zero", ">saturated", ">dead",
     )  # fmt: skip
     rows = []
     for l in seen.layers:
-        name = Markup(f"{escape(_short(l.layer))}<br><small>{escape(l.path)}</small>")
+        path = escape(l.path).replace(".", ".<wbr>")
+        name = Markup(f"<div class=name>{escape(_short(l.layer))}<br><small>{path}</small></div>")
         a, d = l.activations, l.deltas
         ends = f"{number(a.least)} to {number(a.most)}"
         drawn = html.bars(a.counts, f"{l.path}, activations: {ends}")
         row: list[str] = [
-            name, f"{l.parameters:,}" if l.parameters else "", l.shape,
+            str(l.number), name, f"{l.parameters:,}" if l.parameters else "", l.shape,
             Markup(f"{drawn}<small>{escape(ends)}</small>"), *_moments(a),
         ]  # fmt: skip
         if d is None:
@@ -211,18 +227,18 @@ def _layers(seen: Inspection) -> str:
             counts = d.counts[max(-start, 0) :]
             row += [
                 html.bars(counts, f"{l.path}, size of the deltas: {low} to {high}",
-                          start=max(start, 0), of=bins, size=(150, 26), colour=html.GREEN),
+                          start=max(start, 0), of=bins, size=(130, 26), colour=html.GREEN),
                 *_moments(d),
             ]  # fmt: skip
         units = l.units
         row += ["", ""] if units is None else [f"{units.saturated:.1%}", f"{units.dead:.1%}"]
         rows.append(row)
     notes = [
-        "Histograms are of all entries for all examples, without those that are exactly 0, whose "
-        "share is beside them. The deltas are gradients of one example's own cost with respect to "
-        "the layer's outputs; the axis of their size is the same for all layers (at most 1 % of a "
-        "layer's are smaller still). Saturated: "
-        "|f'| < 0.05. Dead: f' = 0 for every example."
+        "Histograms are of all entries for all examples, but for those that are exactly 0, whose "
+        "share is beside them; bars are as high as the root of what they count. The deltas are "
+        "gradients of one example's own cost with respect to the layer's outputs; the axis of "
+        "their size is the same for all layers (at most 1 % of a layer's are smaller still). "
+        "Saturated: |f'| < 0.05. Dead: f' = 0 for every example."
     ]
     if seen.net.draws:
         notes.append("Nothing was drawn at random: dropout lets everything pass.")
@@ -244,7 +260,10 @@ def _moments(spread: Any) -> list[str]:
 
 
 def _decades(seen: Inspection) -> tuple[int, int]:
-    """The axis of the sizes of deltas: its first bin, and how many; of each layer the lowest 1 % may be outside."""
+    """The axis of the sizes of deltas: its first bin, and how many.
+
+    Of each layer the lowest 1 % may be outside.
+    """
     ends = []
     for l in seen.layers:
         if l.deltas is None or not len(l.deltas.counts):

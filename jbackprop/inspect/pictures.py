@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from jbackprop.diagnose.pictures import figure
-from jbackprop.html import BLUE, GREY, ORANGE, SKY
+from jbackprop.html import BLUE, GREY, ORANGE, SKY, number
 from jbackprop.html import figure as drawn
-from jbackprop.inspect.figures import Inspection
+from jbackprop.inspect.figures import Inspection, LayerFigures
 
 _FEW = 9
 """So many layers have their names on the axis; more have numbers."""
@@ -32,21 +32,35 @@ def _plain(axes: Any) -> None:
     axes.yaxis.label.set(color="#55554f", size=9)
 
 
-def _legend(axes: Any) -> None:
-    axes.legend(frameon=False, fontsize=8.5)
+def _legend(axes: Any, columns: int = 3) -> None:
+    """Above the axes, where it hides nothing."""
+    axes.legend(
+        frameon=False, fontsize=8.5, ncols=columns, loc="lower left", bbox_to_anchor=(-0.02, 0.99),
+        borderaxespad=0.2, columnspacing=1.2, handlelength=1.6,
+    )  # fmt: skip
 
 
-def _name_layers(axes: Any, paths: Sequence[str], what: str) -> None:
-    """Names where there is room for them, numbers from the input elsewhere."""
-    n = len(paths)
+def _name_layers(axes: Any, layers: Sequence[LayerFigures], what: str) -> None:
+    """Names where there is room for them, elsewhere their numbers in the table."""
+    n, paths = len(layers), [l.path for l in layers]
     axes.set_xlim(0.4, n + 0.6)
     if n <= _FEW and max(map(len, paths)) <= 10:
         axes.set_xticks(range(1, n + 1), paths)
         axes.set_xlabel(f"{what}, input to output")
     else:
-        ticks = np.unique(np.linspace(1, n, min(n, 10)).round().astype(int))
-        axes.set_xticks(ticks, [str(i) for i in ticks])
-        axes.set_xlabel(f"{what}, numbered from the input")
+        ticks = np.unique(np.linspace(1, n, min(n, 12)).round().astype(int))
+        axes.set_xticks(ticks, [str(layers[i - 1].number) for i in ticks])
+        axes.set_xlabel(f"{what}, input to output, by number in the table of layers")
+
+
+def _log_ticks(axis: Any, least: float, most: float) -> None:
+    """Powers of ten, or within less than two decades numbers in full."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if most < 100 * least:
+        axis.set_major_locator(LogLocator(10, (1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def flow(seen: Inspection) -> str:
@@ -66,8 +80,9 @@ def flow(seen: Inspection) -> str:
               label="after" if seen.before else "median")  # fmt: skip
     if np.isfinite(median).any():
         axes.set_yscale("log")
+        _log_ticks(axes.yaxis, *axes.get_ylim())
     axes.set_ylabel("norm of the delta of one example")
-    _name_layers(axes, [l.path for l in layers], "layers with weights")
+    _name_layers(axes, layers, "layers with weights")
     if seen.before:
         _legend(axes)
     unseen = sum(bool(np.any(v == 0)) for v in now)
@@ -102,11 +117,13 @@ def saturation(seen: Inspection) -> str:
     axes.bar(places, [100 * u.dead for u in units], 0.45 if len(units) > 3 else 0.22,
              color=ORANGE, label="dead: f' = 0 for every example")  # fmt: skip
     most = max([100 * u.saturated for u in units] + [100 * u.dead for u in units])
-    axes.set_ylim(0, max(min(1.35 * most, 130), 5))
-    axes.set_yticks([t for t in axes.get_yticks() if t <= 100])
-    axes.set_ylabel("%")
-    _name_layers(axes, [l.path for l in layers], "layers of units")
-    axes.legend(frameon=False, fontsize=8.5, loc="upper left", ncols=2)
+    axes.set_ylim(0, min(max(1.1 * most, 5), 100))
+    if most == 0:
+        axes.text(0.5, 0.5, "no unit is saturated or dead", transform=axes.transAxes, ha="center",
+                  color="#55554f", fontsize=9)  # fmt: skip
+    axes.set_ylabel("share in %")
+    _name_layers(axes, layers, "layers of units")
+    _legend(axes)
     caption = (
         "The share of (example, unit) pairs that pass almost no delta, and of units that pass none "
         "for any example. A unit is one entry of the layer's output. For relu and its like "
@@ -125,10 +142,11 @@ def sizes(seen: Inspection) -> str:
     fig, axes = _figure()
     log = positive.size > 0 and positive.max() > 20 * positive.min()
     shown = there & (values > 0) if log else there
-    span = (values[shown].min(), values[shown].max()) if shown.any() else (0.0, 1.0)
+    span = (float(values[shown].min()), float(values[shown].max())) if shown.any() else (0.0, 1.0)
     if log:
         axes.set_xscale("log")
-        bins = np.geomspace(*span, 41)
+        _log_ticks(axes.xaxis, *span)
+        bins = np.geomspace(span[0], span[1], 41)
     else:
         bins = np.histogram_bin_edges(values[shown], 40, span)
     wrong = seen.outcome.wrong
@@ -185,11 +203,12 @@ def learning_curve(history: Mapping[str, Sequence[Any]]) -> str:
         every = np.concatenate(drawn_values)
         if every.size and every.min() > 0 and every.max() > 5 * every.min():
             axes.set_yscale("log")
+            _log_ticks(axes.yaxis, *axes.get_ylim())
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("epoch")
-        axes.set_title(", ".join(names).replace("_", " "), fontsize=9.5, color="#55554f")
-        _legend(axes)
-    caption = f"Mean over the examples of an epoch, {n} epochs."
+        axes.set_ylabel(", ".join(names).replace("_", " ") if len(names) < 4 else "metrics")
+        _legend(axes, 2 if len(names) == 1 else 1)
+    caption = f"Means over the examples, epoch by epoch; {n:,} epochs."
     return drawn(fig, caption, f"Learning curve of {n} epochs")
 
 

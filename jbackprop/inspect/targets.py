@@ -17,6 +17,9 @@ from jbackprop.losses import (
     SquaredError,
 )
 
+CLASSES = (SoftmaxCrossEntropy, CrossEntropy)
+"""The losses whose outputs are one class each."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outcome:
@@ -41,8 +44,8 @@ class Outcome:
 
     @property
     def wrong(self) -> np.ndarray | None:
-        """(n,): whether not all of an example is right; None where nothing is right or wrong."""
-        return self.values < 1 if self.name == "accuracy" else None
+        """(n,): whether an example of one class is not right; None where it is not of one class."""
+        return None if self.labels is None else self.values < 1
 
     @classmethod
     def joined(cls, parts: Sequence[Outcome]) -> Outcome:
@@ -58,7 +61,7 @@ class Outcome:
 def outcome(loss: Loss, outputs: Any, y: Any) -> Outcome:
     """The metric that goes with a loss, of outputs (m, ..., q) and targets."""
     m = len(outputs)
-    if isinstance(loss, SoftmaxCrossEntropy | CrossEntropy):
+    if isinstance(loss, CLASSES):
         labels = classes_of(outputs, y)
         ignored = getattr(loss, "ignore_index", None)
         there = np.ones(labels.shape, bool) if ignored is None else labels != ignored
@@ -69,9 +72,8 @@ def outcome(loss: Loss, outputs: Any, y: Any) -> Outcome:
         return Outcome("accuracy", share, labels if labels.ndim == 1 else None)
     if isinstance(loss, SigmoidCrossEntropy):
         right = ((outputs > 0) == (np.asarray(y) > 0.5)) & np.isfinite(outputs)
-        labels = np.asarray(y)[:, 0] > 0.5 if outputs.shape[1:] == (1,) else None
-        share = right.reshape(m, -1).mean(1)
-        return Outcome("accuracy", share, None if labels is None else labels.astype(int))
+        single = (np.asarray(y)[:, 0] > 0.5).astype(int) if outputs.shape[1:] == (1,) else None
+        return Outcome("accuracy", right.reshape(m, -1).mean(1), single)
     if isinstance(loss, SquaredError | Huber):
         error = np.abs(outputs.astype(np.float64) - np.asarray(y, np.float64))
         return Outcome("absolute_error", error.reshape(m, -1).mean(1))
