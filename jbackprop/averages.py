@@ -141,6 +141,10 @@ def mean_averages(net: Node, params: PyTree, batches: Iterable[Any]) -> Averages
         net: a layer or a composite.
         params: its parameters, the same for all mini-batches.
         batches: inputs, (B, ...) each.
+
+    Raises:
+        ValueError: no mini-batch, or an empty one.
+        TypeError: one array rather than several.
     """
     if isinstance(batches, jax.Array | np.ndarray | str) or not isinstance(batches, Iterable):
         raise TypeError(

@@ -350,6 +350,9 @@ def deltas(bp: Backprop) -> OrderedDict[str, Any]:
     z is the layer's output: the net input of the activation behind it; where it is a tuple, so is
     the delta. Unscaled: the mean cost's deltas are these divided by B. The copies of a layer in a
     scanned composite are told apart: `layers[1].layer[0]`, ...
+
+    Raises:
+        TypeError: what `backprop` did not give.
     """
     if not isinstance(bp, Backprop):
         raise TypeError(f"deltas takes what backprop gives, not {type(bp).__name__}")
@@ -374,7 +377,10 @@ def as_function(net: Node) -> Callable[..., Any]:
         A function (params, x, key=None) -> outputs with a `jax.custom_vjp`, for mini-batches x
         (B, ...): beside layers that take one example, such as Equinox's, those go under `jax.vmap`.
         The key is for layers that draw; None draws nothing. The same function for equal networks.
-        Like every `custom_vjp` it has no forward mode.
+        Like every `custom_vjp` it has no forward mode. It raises as `backprop` does.
+
+    Raises:
+        TypeError: what is no network.
     """
     check_net(net)
     return _as_function(net)

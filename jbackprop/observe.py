@@ -105,7 +105,10 @@ def activations(
         net: a layer or a composite.
         params: its parameters.
         x: the inputs, (B, ...).
-        key: for layers that draw.
+        key: for layers that draw; None draws nothing.
+
+    Raises:
+        ValueError, TypeError: inputs or parameters that do not fit.
     """
     check_inputs(net, params, x, key)
     return by_copy(net, _activations(net, params, x, key))

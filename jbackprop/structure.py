@@ -134,6 +134,10 @@ def trainable_mask(net: Node, params: PyTree) -> PyTree:
     Args:
         net: a layer or a composite.
         params: its parameters, or their shapes.
+
+    Raises:
+        ValueError: params of another structure.
+        TypeError: what is no network.
     """
     if not isinstance(net, Node):
         raise no_layer(net)

@@ -269,6 +269,10 @@ def forward(net: Node, params: PyTree, x: Any, key: Array | None = None) -> tupl
 
     Returns:
         The outputs (B, ...), and what was saved: the third part of the network's `Trace`.
+
+    Raises:
+        ValueError, TypeError: inputs or parameters that do not fit; a note says where in the
+            network.
     """
     check_key(key, optional=True)
     n = batch_size(x)
@@ -306,6 +310,10 @@ def backward(
 
     Returns:
         dC/dx, and a tree like params of what `collect` returned.
+
+    Raises:
+        ValueError, TypeError: a delta, parameters or a transport that do not fit; a rule that does
+            not give what it must. A note says where in the network.
     """
     if isinstance(net, Composite):
         return net.backward(params, trace, delta, collect, transport, aux)

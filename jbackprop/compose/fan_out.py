@@ -102,9 +102,8 @@ class FanOut(_SideBySide):
     ) -> tuple[Any, PyTree]:
         deltas_x, collected = self._back(params, trace, delta, collect, transport, aux)
         ways = [way for way in deltas_x if way is not None]
-        return jax.tree.map(lambda *d: functools.reduce(jnp.add, d), *ways) if ways else None, (
-            collected
-        )
+        delta_x = jax.tree.map(lambda *d: functools.reduce(jnp.add, d), *ways) if ways else None
+        return delta_x, collected
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)

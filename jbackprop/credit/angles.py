@@ -256,6 +256,9 @@ class Recorder:
         x, y: a mini-batch to look at; x is taken in the dtype of the parameters, as `fit` does.
         every: so many epochs.
 
+    Raises:
+        ValueError: every below 1; x and y of other lengths; called without a rule.
+
     Attributes:
         epochs: the epochs it looked at.
         alignments: of these.

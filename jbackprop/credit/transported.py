@@ -222,7 +222,7 @@ class KolenPollack(Transported):
     them, do not decay.
 
     Attributes:
-        decay: of weights and feedback weights, from 0 to 1; at 0 they never meet.
+        decay: of weights and feedback weights, from 0 to below 1; at 0 they never meet.
 
     Raises:
         ValueError: a decay out of range, or too small for the dtype of the parameters.
@@ -282,9 +282,9 @@ class WeightMirror(Transported):
     independent of all data.
 
     Attributes:
-        rate: of the mirror, above 0.
-        decay: of the feedback weights; None: the rate.
-        samples: draws of the noise for each step.
+        rate: of the mirror, above 0 and at most 1.
+        decay: of the feedback weights, from 0 to 1; None: the rate.
+        samples: draws of the noise for each step, at least 2.
 
     Raises:
         ValueError: settings out of range.

@@ -98,6 +98,9 @@ class MonteCarlo(Roots):
 
     Attributes:
         samples: how many deltas for each example.
+
+    Raises:
+        ValueError: samples below 1.
     """
 
     samples: int = 1

@@ -27,6 +27,9 @@ def first_nonfinite(
     Returns:
         The place: an input, a parameter, the output of a layer, the cost, the delta of a layer, or
         the gradient of a parameter. None if all is finite.
+
+    Raises:
+        ValueError, TypeError: as `jbackprop.backprop`.
     """
     check_call(net, loss, params, x, y, key)
     if not _finite(x):

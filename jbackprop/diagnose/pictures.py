@@ -45,6 +45,10 @@ def plot(flow: DeltaFlow, units: SaturationTable | None = None) -> Any:
 
     Returns:
         A matplotlib figure: `figure.savefig("deltas.png")`.
+
+    Raises:
+        TypeError: what the two did not give.
+        ImportError: matplotlib is missing; the message says how to install it.
     """
     if not isinstance(flow, DeltaFlow):
         raise TypeError(f"flow must be what delta_norms gives, not {type(flow).__name__}")

@@ -94,6 +94,9 @@ class LeakyRelu(Elementwise):
 
     Source: Maas, Hannun and Ng, Rectifier nonlinearities improve neural network acoustic models
     (2013), equation 2.
+
+    Raises:
+        ValueError: an alpha that is negative, or no finite number.
     """
 
     alpha: float = 0.01
@@ -127,6 +130,9 @@ class Elu(Elementwise):
 
     Source: Clevert, Unterthiner and Hochreiter, Fast and accurate deep network learning by
     exponential linear units (2016), equation 15.
+
+    Raises:
+        ValueError: an alpha that is negative, or no finite number.
     """
 
     alpha: float = 1.0
@@ -174,6 +180,9 @@ class Celu(Elementwise):
     f' = 1 where z > 0; else e^(z / alpha) = a / alpha + 1.
 
     Source: Barron, Continuously differentiable exponential linear units (2017), equation 2.
+
+    Raises:
+        ValueError: an alpha that is not positive, or no finite number.
     """
 
     alpha: float = 1.0
@@ -251,6 +260,9 @@ class Gelu(Elementwise):
     Not monotonic, hence not a function of the output.
 
     Source: Hendrycks and Gimpel, Gaussian error linear units (2016), section 2.
+
+    Raises:
+        TypeError: a flag that is no bool.
     """
 
     tanh: bool = False

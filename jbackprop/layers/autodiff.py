@@ -29,6 +29,10 @@ class Autodiff(Layer):
     Attributes:
         apply: (params, x) -> y for one example, floating-point x and y.
         init_params: key -> params; none by default.
+
+    Raises:
+        TypeError: what is no function.
+        ValueError: a transport for it.
     """
 
     apply: Callable[[PyTree, Any], Any]

@@ -54,7 +54,7 @@ class BatchNorm(Normalization):
 
     Raises:
         ValueError: a size below 1; a negative epsilon; inputs or parameters of another shape.
-        TypeError: inputs that are not floating-point numbers.
+        TypeError: inputs that are not floating-point numbers; a flag that is no bool.
     """
 
     channels: int

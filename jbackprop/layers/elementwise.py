@@ -59,6 +59,10 @@ class Activation(Elementwise):
     Attributes:
         f: a = f(z), an array function that keeps shape and dtype.
         derivative: f'(z).
+
+    Raises:
+        TypeError: f or derivative that is no function; inputs that are not floating-point numbers.
+        ValueError: a derivative that does not keep the shape.
     """
 
     f: Callable[[Array], Array]

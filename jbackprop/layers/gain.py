@@ -144,8 +144,8 @@ class Times(Weightless):
         c: the number.
 
     Raises:
-        ValueError: a number that is not finite.
-        TypeError: inputs that are not floating-point numbers; c that is no number.
+        ValueError: c that is no finite number.
+        TypeError: inputs that are not floating-point numbers.
     """
 
     c: float

@@ -25,6 +25,10 @@ class Softmax(Weightless):
 
     For classification take `SoftmaxCrossEntropy` on the net inputs instead of this layer and a loss
     on probabilities: it is exact where a probability underflows.
+
+    Raises:
+        ValueError: examples without an axis.
+        TypeError: inputs that are not floating-point numbers.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("y",)

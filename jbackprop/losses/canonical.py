@@ -146,6 +146,9 @@ class SquaredError(_Independent):
     root; a drawn y is z plus standard normal noise, whose negative then is the delta.
 
     Shapes: z and y (B, ..., q), y real.
+
+    Raises:
+        ValueError: targets of another shape than the outputs.
     """
 
     def cost(self, z: Array, y: Array) -> Array:
@@ -171,6 +174,9 @@ class SigmoidCrossEntropy(_Independent):
     Hessian ds/dz = s (1 - s) on the diagonal, with the root sqrt(s (1 - s)).
 
     Shapes: z and y (B, ..., q), y in [0, 1].
+
+    Raises:
+        ValueError: targets of another shape than the outputs; out of range, where that can be seen.
     """
 
     def cost(self, z: Array, y: Array) -> Array:
@@ -200,6 +206,9 @@ class PoissonNLL(_Independent):
     random numbers only.
 
     Shapes: z and y (B, ..., q), y not negative.
+
+    Raises:
+        ValueError: targets of another shape than the outputs, or negative, where that can be seen.
     """
 
     def cost(self, z: Array, y: Array) -> Array:

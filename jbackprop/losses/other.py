@@ -38,6 +38,9 @@ class Huber(Loss):
 
     Attributes:
         d: where the square turns into a line; positive.
+
+    Raises:
+        ValueError: targets of another shape than the outputs; d that is not positive.
     """
 
     d: float = 1.0
@@ -91,6 +94,9 @@ class CrossEntropy(Loss):
     and its Hessian are 0, so that nothing here is ever infinite.
 
     Shapes: a and y (B, ..., q), y distributions (one-hot rows for labels).
+
+    Raises:
+        ValueError: targets of another shape than the outputs, or negative, where that can be seen.
     """
 
     def value(self, a: Array, y: Any) -> Array:

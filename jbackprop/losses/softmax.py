@@ -58,6 +58,11 @@ class SoftmaxCrossEntropy(Canonical):
         label_smoothing: s, from 0 to 1.
         class_weights: w, one positive number or 0 for each class.
         ignore_index: the label that marks a place without a target; integer labels only.
+
+    Raises:
+        ValueError: options out of range; targets of another shape; labels out of range, where they
+            can be seen.
+        TypeError: labels that are no integers; ignore_index with distributions.
     """
 
     label_smoothing: float = 0.0

@@ -37,6 +37,9 @@ class LevenbergMarquardt:
         every: how often, in steps.
         factor: between 0 and 1.
         least, most: where lambda ends.
+
+    Raises:
+        ValueError: settings out of range, or an initial lambda beyond `least` or `most`.
     """
 
     initial: float = 1.0

@@ -52,6 +52,10 @@ class Sharding:
             this parameter already, nothing is added.
         smallest: how many entries make a parameter large, with `fsdp`. What is smaller takes longer
             to ask for than to send.
+
+    Raises:
+        TypeError: rules that are no pairs of a text and a `PartitionSpec`; axes that are no names.
+        ValueError: a rule that is no regular expression; `smallest` below 0.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -253,6 +257,9 @@ def specs_like(state: PyTree, params: PyTree, specs: PyTree) -> PyTree:
     Returns:
         A tree like the state of `PartitionSpec`: a leaf whose path ends with a parameter's, and
         that has its shape, is split as that parameter; all else, such as a count, is whole.
+
+    Raises:
+        ValueError: specs that do not go with the parameters.
     """
     _check_specs(specs, params, "params")
     known: dict[Any, tuple[tuple[int, ...], PartitionSpec]] = {}

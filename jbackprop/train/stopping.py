@@ -19,6 +19,10 @@ class EarlyStopping:
         monitor: the entry of the history to watch.
         higher_is_better: whether it should grow, as an accuracy.
         min_delta: what counts as an improvement, at least.
+
+    Raises:
+        ValueError: a patience below 1; a min_delta that is negative.
+        TypeError: a flag that is no bool.
     """
 
     patience: int = 10
