@@ -998,6 +998,15 @@ def others():
             (lambda: jb.transformer(5, 5, 1, 2, 3), "heads must divide width"),
             (lambda: jb.transformer(5, 4, 1, 4, 3, rotary=True), "multiple of"),
         ],
+        "multi_head_attention": [
+            (
+                lambda: jb.multi_head_attention(4, 2, dropout=1.0),
+                "multi_head_attention: dropout must",
+            )
+        ],
+        "cross_attention": [
+            (lambda: jb.cross_attention(4, 2, dropout=-0.1), "cross_attention: dropout must")
+        ],
         "lstm": [(lambda: jb.lstm(), "give inputs")],
         "resnet": [(lambda: jb.resnet((8, 8, 1), (2,), (1, 1), 3), "one for each")],
         "Outer": [

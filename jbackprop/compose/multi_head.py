@@ -57,7 +57,7 @@ def multi_head_attention(
 
     Raises:
         ValueError: sizes below 1; heads that do not divide width, or kv_heads that do not divide
-            heads; an odd number of features for each head with rotary.
+            heads; an odd number of features for each head with rotary; a dropout not in [0, 1).
 
     Source: Vaswani et al., Attention is all you need (2017), section 3.2.2.
     """
@@ -75,7 +75,7 @@ def multi_head_attention(
     if masked:
         layers = [FanOut(Sequential(Select(0), *layers), Select(1))]
     attention = Attention(heads, kv_heads, causal=causal, block=block)
-    return Sequential(*layers, attention, *_out(width, bias, dropout))
+    return Sequential(*layers, attention, *_out("multi_head_attention", width, bias, dropout))
 
 
 def cross_attention(
@@ -116,7 +116,7 @@ def cross_attention(
 
     Raises:
         ValueError: sizes below 1; heads that do not divide width, or kv_heads that do not divide
-            heads.
+            heads; a dropout not in [0, 1).
 
     Source: Vaswani et al., Attention is all you need (2017), section 3.2.3.
     """
@@ -130,7 +130,7 @@ def cross_attention(
     if masked:
         branches.append(Select(2))
     attention = Attention(heads, kv_heads, block=block)
-    return Sequential(FanOut(*branches), attention, *_out(width, bias, dropout))
+    return Sequential(FanOut(*branches), attention, *_out("cross_attention", width, bias, dropout))
 
 
 def _sizes(name: str, width: Any, heads: Any, kv_heads: Any) -> tuple[int, int, int]:
@@ -149,7 +149,7 @@ def _sizes(name: str, width: Any, heads: Any, kv_heads: Any) -> tuple[int, int, 
     return width, keys, keys
 
 
-def _out(width: int, bias: bool, dropout: float) -> list[Node]:
+def _out(name: str, width: int, bias: bool, dropout: float) -> list[Node]:
     end: list[Node] = [Dense(width, width, bias=bias)]
-    dropout = number_of(dropout, "Dropout: rate", least=0, below=1)
+    dropout = number_of(dropout, f"{name}: dropout", least=0, below=1)
     return end + ([Dropout(dropout)] if dropout else [])
