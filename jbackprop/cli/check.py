@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -17,6 +18,28 @@ from jbackprop import catalogue
 from jbackprop.check import Report
 from jbackprop.cli.output import matching, print_json
 from jbackprop.table import render
+
+
+def add(commands: Any) -> None:
+    """Tell the parser of the command."""
+    checks = commands.add_parser(
+        "check",
+        help="prove every rule against jax.grad, or run a check of yours",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Compare every delta and gradient of every layer and loss with jax.grad in\n"
+        "float64; or run a check of your own. The exit status is 1 unless all is right.",
+        epilog="a check of your own, in mine.py:\n\n"
+        "  def swish():\n"
+        "      return jb.check.vjp(my_swish, jnp.linspace(-3, 3, 20))\n\n"
+        "  jbackprop check mine:swish\n",
+    )
+    checks.add_argument(
+        "target", nargs="?", metavar="MODULE:FUNCTION",
+        help="a function without arguments that returns a Report of jb.check, or a list of them",
+    )  # fmt: skip
+    checks.add_argument("--only", metavar="TEXT", default="", help="rules whose name contains TEXT")
+    checks.set_defaults(run=run_check)
+    checks.add_argument("--json", action="store_true", help="print JSON on standard output")
 
 
 def run_check(args: argparse.Namespace) -> int:

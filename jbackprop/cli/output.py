@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+
+def say_of(args: argparse.Namespace) -> Callable[..., None]:
+    """print, or with --json nothing: standard output is then for the program that reads it."""
+    return (lambda *_, **__: None) if args.json else print
 
 
 def print_json(value: Any) -> None:

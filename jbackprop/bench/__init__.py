@@ -1,0 +1,1 @@
+"""Manual against automatic gradients: a suite of workloads, in which everybody takes turns."""

@@ -1,0 +1,134 @@
+"""Second derivatives in units of one plain gradient: products, diagonals, Kronecker factors.
+
+All is about the mean cost of the mini-batch. Products with a vector are compared with autodiff in
+float64; what is drawn at random, with itself in float64 and the same key.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jbackprop as jb
+from jbackprop import curvature
+from jbackprop.bench.declare import Contestant, Outside, Workload
+from jbackprop.bench.suite.problems import Problem, cnn, mlp, transformer
+
+QUESTIONS = {
+    "Hessian product": (2.5, float("inf")),
+    "Gauss-Newton product": (2.0, float("inf")),
+    "diagonal, one sample": (1.6, float("inf")),
+    "Kronecker factors": (1.6, float("inf")),
+    "exact diagonal": (6.0, float("inf")),
+}
+"""For each, the most of a gradient's time and of its temporary memory."""
+RANDOM = ("diagonal, one sample", "Kronecker factors")
+LOSS = jb.SoftmaxCrossEntropy()
+
+Function = Callable[..., Any]
+Make = Callable[[int], Problem]
+
+
+def direction(params: Any) -> Any:
+    """A vector for the products."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    drawn = [jax.random.normal(k, v.shape, v.dtype) for k, v in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, drawn)
+
+
+def ours(net: Any, quantity: str, both: tuple[Any, Any], x: Any, y: Any) -> Any:
+    """What is asked."""
+    ask: dict[str, Function] = {
+        "Hessian product": curvature.hessian_product,
+        "Gauss-Newton product": curvature.ggn_product,
+        "diagonal, one sample": curvature.diag_ggn,
+        "exact diagonal": curvature.diag_ggn,
+        "Kronecker factors": curvature.kfac,
+        "exact Kronecker factors": curvature.kfac,
+    }
+    params, vector = both
+    if quantity.endswith("product"):
+        return ask[quantity](net, LOSS, params, x, y, vector)
+    if quantity in RANDOM:
+        roots, key = curvature.MonteCarlo(), jax.random.key(0)
+        return ask[quantity](net, LOSS, params, x, y, roots, key=key)
+    return ask[quantity](net, LOSS, params, x, y, curvature.Exact())
+
+
+def factors(found: curvature.BlockDiagonal) -> Any:
+    """Kronecker factors by name, as `difference` takes them."""
+    return jax.tree.map(lambda v: v, dict(found.blocks))
+
+
+def autodiff(problem: Problem, quantity: str) -> Function | None:
+    """The product by `jax.jvp` and `jax.grad` alone, of the same network."""
+
+    def cost(z: Any, y: Any) -> Any:
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(z), y[..., None], axis=-1))
+
+    def outputs(params: Any, x: Any) -> Any:
+        return jb.forward(problem.net, params, x)[0]
+
+    def hessian(both: tuple[Any, Any], x: Any, y: Any) -> Any:
+        params, vector = both
+        gradient = jax.grad(lambda params: cost(outputs(params, x), y))
+        return jax.jvp(gradient, (params,), (vector,))[1]
+
+    def ggn(both: tuple[Any, Any], x: Any, y: Any) -> Any:
+        params, vector = both
+        z, along = jax.linearize(lambda params: outputs(params, x), params)
+        curved = jax.jvp(jax.grad(lambda z: cost(z, y)), (z,), (along(vector),))[1]
+        return jax.linear_transpose(along, params)(curved)[0]
+
+    return {"Hessian product": hessian, "Gauss-Newton product": ggn}.get(quantity)
+
+
+def contestants(make: Make, batch: int, question: str) -> list[Contestant]:
+    """Ours, and plain JAX where that can do it."""
+    problem = make(batch)
+    unpack = factors if question == "Kronecker factors" else problem.unpack
+    automatic = autodiff(problem, question)
+
+    def pack(params: Any) -> Any:
+        packed = problem.pack(params)
+        return packed, direction(packed) if automatic else ()
+
+    found = []
+    if automatic is not None:
+        found.append(Contestant("jax.jvp, jax.grad", automatic, "autodiff", pack, unpack))
+    ask = functools.partial(ours, problem.net, question)
+    own = automatic is None
+    found.append(Contestant("ours", ask, "ours", pack, unpack, own_truth=own))
+    return found
+
+
+def workload(make: Make, batch: int, question: str, level: int) -> Workload:
+    """One question of one network."""
+    one = make(1)
+    return Workload(
+        f"{make.__name__}, batch {batch}, {question}",
+        make.__name__,
+        lambda: make(batch).data,
+        functools.partial(contestants, make, batch, question),
+        question=question,
+        unit=Contestant("plain gradient", lambda p, x, y: make(len(x)).plain(p, x, y), "plain"),
+        valued=False,
+        outside=[Outside("pytorch.py", one.task)],
+        flops=one.flops * batch,
+        level=level,
+        goals={"plain": QUESTIONS[question]},
+        tolerance=1e-3,
+    )
+
+
+WORKLOADS = tuple(
+    workload(make, 128, question, 1 if make is mlp else 2)
+    for make in (mlp, cnn, transformer)
+    for question in QUESTIONS
+    if (make, question) != (transformer, "exact diagonal")  # 4,096 deltas
+)
