@@ -32,6 +32,7 @@ TEXT = PAGE.read_text()
 # What is in the page.
 
 
+@functools.cache
 def parts(text=TEXT):
     """The page in order, as (kind, lines joined): "heading", "text", or the language of a fence."""
     found, language, lines = [], None, []
@@ -58,6 +59,7 @@ def parts(text=TEXT):
     return found
 
 
+@functools.cache
 def units(text=TEXT):
     """(what comes before it since the block before or the heading, the block) of every formula."""
     before, found = [], []
@@ -73,6 +75,7 @@ def units(text=TEXT):
     return found
 
 
+@functools.cache
 def functions(source):
     return [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
 
@@ -135,6 +138,11 @@ def normal_like(seed, tree):
     return jax.tree.unflatten(form, [normal((seed, i), *v.shape) for i, v in enumerate(leaves)])
 
 
+def parameters(net):
+    """Normal numbers, biases too."""
+    return normal_like(1, jax.eval_shape(net.init, jax.eval_shape(jax.random.key, 0)))
+
+
 def same(found, due, tolerance=1e-12):
     """Every array of two trees, whose containers may differ."""
     found, due = jax.tree.leaves(found), jax.tree.leaves(due)
@@ -169,7 +177,7 @@ def swept(net, params, x, delta, key=None):
 
 def tried(net, x, key=None):
     """Parameters, a delta, and what `swept` says of them."""
-    params = normal_like(1, jax.eval_shape(net.init, jax.random.key(0)))
+    params = parameters(net)
     y = jax.eval_shape(functools.partial(jb.forward, net), params, x)[0]
     delta = normal_like(2, y)
     return params, delta, swept(net, params, x, delta, key)
@@ -215,13 +223,13 @@ def flat(x):
 @compares("one_weight")
 def one_weight(f):
     net, loss = jb.Dense(3, 1), jb.SigmoidCrossEntropy()
-    params, x, y = normal_like(0, net.init(jax.random.key(0))), normal(1, B, 3), np.eye(B)[:, :1]
-    bp = jb.backprop(net, loss, params, x, y)
-    each = truth(net, loss, params, x, y)
+    params, x, y = parameters(net), normal(1, B, 3), np.eye(B)[:, :1]
+    bp, each = jb.backprop(net, loss, params, x, y), truth(net, loss, params, x, y)
+    its = each_of(bp.factored)
     for n in range(B):
         delta, dw, db = f.one_weight(params["w"][:, 0], params["b"][0], x[n], y[n, 0])
         same([delta], [delta_of(bp)[n, 0]])
-        same([dw, db], [bp.factored["w"].each()[n, :, 0], bp.factored["b"].each()[n, 0]])
+        same([dw, db], [its["w"][n, :, 0], its["b"][n, 0]])
         same([dw, db], [each["w"][n, :, 0], each["b"][n, 0]])
 
 
@@ -231,6 +239,7 @@ def delta_of(bp):
     return np.asarray(delta)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def truth(net, loss, params, x, y):
     """Every example's gradient, by vmap(grad)."""
 
@@ -238,6 +247,15 @@ def truth(net, loss, params, x, y):
         return loss.value(jb.forward(net, params, x[None])[0], y[None])[0]
 
     return jax.vmap(jax.grad(cost), in_axes=(None, 0, 0))(params, x, y)
+
+
+@jax.jit
+def each_of(pairs):
+    """Every example's gradient by pairs, in a tree of them."""
+    return jax.tree.map(lambda pair: pair.each(), pairs, is_leaf=factored.is_factored)
+
+
+gradient_of = jax.jit(jb.gradient)
 
 
 def numbers(cell):
@@ -271,7 +289,7 @@ def worked_example(f):
     loss = jb.SigmoidCrossEntropy()
     bp = jb.backprop(net, loss, tuple(params), x[None], y[None])
     same([found[f"delta{l}"][None] for l in (1, 2, 3)], list(jb.deltas(bp).values()))
-    same([found[f"dw{l}"] for l in (1, 2, 3)], jb.gradient(bp))
+    same([found[f"dw{l}"] for l in (1, 2, 3)], gradient_of(bp))
     same([found["a3"][None]], [loss.predict(bp.outputs)])
     same(
         [found[f"dw{l}"][None] for l in (1, 2, 3)],
@@ -284,9 +302,10 @@ def worked_example(f):
 @compares("delta_rule")
 def delta_rule(f):
     net, loss = jb.mlp([3, 4, 5, 2], jb.Sigmoid()), jb.SigmoidCrossEntropy()
-    params = normal_like(0, net.init(jax.random.key(0)))
+    params = parameters(net)
     x, y = normal(1, B, 3), np.ones((B, 2))
     bp, each = jb.backprop(net, loss, params, x, y), truth(net, loss, params, x, y)
+    its = each_of(bp.factored)
     weights, biases = ([params[l][name] for l in (0, 2, 4)] for name in ("w", "b"))
     for n in range(B):
         deltas, gradients = f.delta_rule(
@@ -294,7 +313,7 @@ def delta_rule(f):
             lambda z, n=n: f.sigmoid(z)[0] - y[n],
         )  # fmt: skip
         same(deltas, [v[n] for v in jb.deltas(bp).values()])
-        same(gradients, [bp.factored[l]["w"].each()[n] for l in (0, 2, 4)])
+        same(gradients, [its[l]["w"][n] for l in (0, 2, 4)])
         same(gradients, [each[l]["w"][n] for l in (0, 2, 4)])
         same(deltas, [each[l]["b"][n] for l in (0, 2, 4)])
 
@@ -302,7 +321,7 @@ def delta_rule(f):
 @compares("output_delta")
 def output_delta(f):
     net, loss = jb.mlp([3, 2], output=jb.Sigmoid()), jb.SquaredError()
-    params = normal_like(0, net.init(jax.random.key(0)))
+    params = parameters(net)
     x, y = normal(1, B, 3), normal(2, B, 2)
     bp = jb.backprop(net, loss, params, x, y)
     a, slope = f.sigmoid(x @ params[0]["w"] + params[0]["b"])
@@ -336,11 +355,11 @@ def canonical(f):
 @compares("batch_gradient")
 def batch_gradient(f):
     net, loss = jb.Dense(3, 2), jb.SquaredError()
-    params, mu = normal_like(0, net.init(jax.random.key(0))), normal(3, B)
+    params, mu = parameters(net), normal(3, B)
     x, y = normal(1, B, 3), normal(2, B, 2)
     bp = jb.backprop(net, loss, params, x, y)
     found = f.batch_gradient(mu, x, delta_of(bp))
-    same(found, jb.gradient(bp, jnp.asarray(mu))["w"])
+    same(found, gradient_of(bp, jnp.asarray(mu))["w"])
     same(found, jax.grad(lambda p: loss.value(jb.forward(net, p, x)[0], y) @ mu)(params)["w"])
     same(f.batch_gradient(np.full(B, 1 / B), x, x), x.T @ x / B)
 
@@ -388,7 +407,7 @@ def check_kind(name, gradient):
     """gradient(pair's arrays of one example, one group)."""
     pair = kinds()[name]
     arrays = jax.tree.map(lambda v: np.asarray(v[:, 0]), pair)
-    each = pair.each()
+    each = each_of(pair)
     for n in range(B):
         same(gradient(nth(arrays, n)), each[n])
 
@@ -413,7 +432,7 @@ def lookup_gradient(f):
     check_kind("Lookup", lambda p: f.lookup_gradient(p.ids, p.delta, p.rows))
     pair = jb.Lookup.of(jnp.array([0, 7, -1]), jnp.ones((3, 2)), 4)  # two ids drop out
     pair = jax.tree.map(lambda v: v[None], pair).at(jb.Place((4, 2), jnp.dtype(float)))
-    same(f.lookup_gradient(np.array([0, 7, -1]), np.ones((3, 2)), 4), pair.each()[0])
+    same(f.lookup_gradient(np.array([0, 7, -1]), np.ones((3, 2)), 4), each_of(pair)[0])
 
 
 @compares("patches_gradient")
@@ -424,10 +443,10 @@ def patches_gradient(f):
 @compares("sum_gradient")
 def sum_gradient(f):
     pair = kinds()["Sum"]
-    parts = [np.asarray(part.each()) for part in pair.parts]
+    parts, each, squares = *each_of((pair.parts, pair)), jax.jit(lambda p: p.square_norm())(pair)
     for n in range(B):
-        g, square = f.sum_gradient([part[n] for part in parts])
-        same([g, square], [pair.each()[n], pair.square_norm()[n]])
+        g, square = f.sum_gradient([np.asarray(part[n]) for part in parts])
+        same([g, square], [each[n], squares[n]])
 
 
 @compares("full_gradient")
@@ -438,32 +457,35 @@ def full_gradient(f):
     assert type(found[2]["w"]) is jb.Full
     for n in range(B):
         own = f.full_gradient(delta[n], np.asarray(jacobian[n]))
-        same(own, found[2]["w"].each()[n].reshape(-1))
+        same(own, found[4]["w"][n].reshape(-1))
 
 
 @compares("nothing_gradient")
 def nothing_gradient(f):
     pair = kinds()["Nothing"]
-    same(f.nothing_gradient(normal(0, 3, 2)), pair.each()[0])
+    same(f.nothing_gradient(normal(0, 3, 2)), each_of(pair)[0])
     assert not f.nothing_gradient(normal(0, 3, 2)).any()
 
 
 @compares("coupled_gradient")
 def coupled_gradient(f):
     net, loss = jb.Sequential(jb.Dense(3, 4), jb.BatchNorm(4)), jb.SquaredError()
-    params = normal_like(0, net.init(jax.random.key(0)))
+    params = parameters(net)
     x, y = normal(1, B, 3), normal(2, B, 4)
     bp = jb.backprop(net, loss, params, x, y)
-    total = jax.grad(lambda p: loss.value(jb.forward(net, p, x)[0], y).sum())(params)
+    total = jax.jit(jax.grad(lambda p: loss.value(jb.forward(net, p, x)[0], y).sum()))(params)
     pairs = (bp.factored[0]["w"], bp.factored[1]["scale"])
-    for pair, due in zip(pairs, (total[0]["w"], total[1]["scale"]), strict=True):
-        assert type(pair) is jb.factored.Coupled
-        found = f.coupled_gradient(np.asarray(pair.pair.each()))
-        same([found, found], [pair.total(), due])
+    assert all(type(pair) is jb.factored.Coupled for pair in pairs)
+    shares = each_of([pair.pair for pair in pairs])
+    mean = gradient_of(bp)
+    means = mean[0]["w"], mean[1]["scale"]
+    for own, its, due in zip(shares, means, (total[0]["w"], total[1]["scale"]), strict=True):
+        found = f.coupled_gradient(np.asarray(own))
+        same([found / B, found], [its, due])
 
 
 def rows(pair):
-    return np.asarray(pair.each()).reshape(B, -1)
+    return np.asarray(each_of(pair)).reshape(B, -1)
 
 
 @jax.jit
@@ -500,7 +522,7 @@ def shared_by_two(f):
         jax.vmap(jb.Outer.of)(jnp.asarray(p), jnp.asarray(q)).at(place)
         for p, q in ((a, delta), (more_a, more_delta))
     )
-    each = jb.Sum((one, two), place).each()
+    each = each_of(jb.Sum((one, two), place))
     for n in range(B):
         same(f.shared_by_two(a[n], delta[n], more_a[n], more_delta[n]), each[n])
 
@@ -678,7 +700,7 @@ def conv_transpose(f):
         return of
 
     net = jb.ConvTranspose(4, 6, (3,), stride=2, padding=((2, 1),), dilation=2, groups=2)
-    compare(net, rule((2,), (2,), (2,), 2), (5, 4), name="conv_transpose")
+    compare(net, rule((2,), (2,), (2,), 2), (6, 4), name="conv_transpose")
     net = jb.ConvTranspose(2, 3, (2, 3), stride=(3, 1), padding="VALID")
     compare(net, rule((3, 1), (1, 1), (0, 0)), (3, 4, 2))
     front = in_front(f, (3 * 2, 4), (3, 2), (2, 1), (1, 1))  # what the Conv of its outputs has
@@ -1121,20 +1143,28 @@ def fused_softmax_cross_entropy(f):
     own = stack([stack([one(h[n, t], y[n, t]) for t in range(T)]) for n in range(B)])
     cost, delta_h, dw, db, hessian = own
     weighted = np.einsum("n,ntio->io", mu, dw) / T, np.einsum("n,nto->o", mu, db) / T
-    found = jax.jit(loss.head)(h, w, b, y, mu)
-    same([cost.mean(axis=1), delta_h / T, *weighted], list(found))
 
-    def summed(h, w, b):
-        return loss.value(h @ w + jnp.broadcast_to(b, (B, T, q)), y)
+    @jax.jit
+    def asked(h, w, b, v):
+        def costs(h, w, b):
+            return loss.value(jnp.dot(h, w) + jnp.broadcast_to(b, (B, T, q)), y)
 
-    same(delta_h / T, jax.grad(lambda h: summed(h, w, b).sum())(h))
-    same(weighted, jax.grad(lambda w, b: summed(h, w, b) @ mu, argnums=(0, 1))(w, b))
-    z, v = h @ w + b, normal(5, B, T, q)
-    same([cost.mean(axis=1), db / T], [loss.value(z, y), loss.delta(z, y)])
-    product = np.einsum("ntoj,ntj->nto", hessian, v) / T
-    root = loss.hessian_root(z, y)
-    same([product, hessian / T], [loss.hessian_product(z, y, v),
-                                  jnp.einsum("rnto,rntj->ntoj", root, root)])  # fmt: skip
+        z = jnp.dot(h, w) + jnp.broadcast_to(b, (B, T, q))
+        root = loss.hessian_root(z, y)
+        alone = loss.value(z, y), loss.delta(z, y), loss.hessian_product(z, y, v)
+        by_autodiff = (
+            jax.grad(lambda h: costs(h, w, b).sum())(h),
+            jax.grad(lambda w, b: costs(h, w, b) @ mu, argnums=(0, 1))(w, b),
+        )
+        blocks = jnp.einsum("rnto,rntj->ntoj", root, root)
+        return tuple(loss.head(h, w, b, y, mu)), by_autodiff, (*alone, blocks)
+
+    cost, delta_h, db, hessian = cost.mean(axis=1), delta_h / T, db / T, hessian / T
+    v = normal(5, B, T, q)
+    fused, by_autodiff, alone = asked(h, w, b, v)
+    same([cost, delta_h, *weighted], fused)
+    same([delta_h, weighted], by_autodiff)
+    same([cost, db, np.einsum("ntoj,ntj->nto", hessian, v), hessian], alone)
 
 
 @compares("cross_entropy_behind_softmax")
@@ -1151,10 +1181,13 @@ def cross_entropy_behind_softmax(f):
 # Quantities.
 
 
+gram_of = jax.jit(lambda pair: pair.gram(pair))
+
+
 def of_positions(T):
     """Dense, tanh, Dense, without biases: backprop's answer and every example's gradient."""
     net = jb.Sequential(jb.Dense(3, 4, bias=False), jb.Tanh(), jb.Dense(4, 2, bias=False))
-    params = normal_like(0, net.init(jax.random.key(0)))
+    params = parameters(net)
     x, y = normal(1, B, T, 3), normal(2, B, T, 2)
     bp = jb.backprop(net, jb.SquaredError(), params, x, y)
     each = truth(net, jb.SquaredError(), params, x, y)
@@ -1172,7 +1205,7 @@ def per_example_norms(f):
             found = f.norms_of_positions(a, delta)
             same([found, found], [by_layer[f"layers[{l}]"], np.linalg.norm(rows, axis=1)])
             pair = bp.factored[l]["w"]
-            same([f.inner_products(a, delta)] * 2, [pair.gram(pair), rows @ rows.T])
+            same([f.inner_products(a, delta)] * 2, [gram_of(pair), rows @ rows.T])
             if T == 1:
                 same(f.norms_of_one_position(a[:, 0], delta[:, 0]), found)
         grams = sum(f.inner_products(*pair) for pair in pairs)
@@ -1205,27 +1238,37 @@ def variance(f):
 def curved():
     """A network of two layers under cross-entropy, with its Jacobians, Hessians and roots."""
     net, loss = jb.mlp([3, 4, 3]), jb.SoftmaxCrossEntropy()
-    params = normal_like(0, net.init(jax.random.key(0)))
+    params = parameters(net)
     x, y = normal(1, B, 3), np.array([0, 2, 1])
     vector = normal_like(2, params)
-    row, form = ravel_pytree(params)
 
-    def z(row):
-        return jb.forward(net, form(row), x)[0]
+    @jax.jit
+    def arrays(params, vector):
+        row, form = ravel_pytree(params)
 
-    outputs = z(row)
-    hessians = jax.vmap(jax.hessian(lambda z, y: loss.value(z[None], y[None])[0]))(outputs, y)
-    roots = loss.hessian_root(outputs, y)
-    arrays = (jax.jacobian(z)(row), hessians, roots, ravel_pytree(vector)[0])
-    return (net, loss, params, x, y), vector, [np.asarray(v) for v in arrays]
+        def outputs(row):
+            return jb.forward(net, form(row), x)[0]
+
+        z = outputs(row)
+        hessians = jax.vmap(jax.hessian(lambda z, y: loss.value(z[None], y[None])[0]))(z, y)
+        roots = loss.hessian_root(z, y)
+        return jax.jacfwd(outputs)(row), hessians, roots, ravel_pytree(vector)[0]
+
+    found = [np.asarray(v) for v in arrays(params, vector)]
+    return (net, loss, params, x, jnp.asarray(y)), vector, found
+
+
+def in_a_row(tree):
+    """All numbers of a tree, in the order of `ravel_pytree`."""
+    return np.concatenate([np.ravel(v) for v in jax.tree.leaves(tree)])
 
 
 @compares("ggn_product", "diag_ggn")
 def gauss_newton(f):
     batch, vector, (jacobians, hessians, roots, v) = curved()
     found = f.ggn_product(jacobians, hessians, v)
-    same(found, ravel_pytree(cv.ggn_product(*batch, vector))[0])
-    same(f.diag_ggn(jacobians, roots), ravel_pytree(cv.diag_ggn(*batch))[0])
+    same(found, in_a_row(cv.ggn_product(*batch, vector)))
+    same(f.diag_ggn(jacobians, roots), in_a_row(cv.diag_ggn(*batch)))
     matrix = np.einsum("nop,noj,njs->ps", jacobians, hessians, jacobians) / B
     same([found, f.diag_ggn(jacobians, roots)], [matrix @ v, np.diag(matrix)])
 
@@ -1245,7 +1288,7 @@ def diag_ggn_of_pairs(f):
 def kronecker(f):
     """Under squared error the root is the identity, at one position after the other."""
     net, loss, T, q = jb.mlp([3, 4, 2]), jb.SquaredError(), 5, 2
-    params = normal_like(0, net.init(jax.random.key(0)))
+    params = parameters(net)
     x, y = normal(1, B, T, 3), normal(2, B, T, q)
     a = np.tanh(x @ params[0]["w"] + params[0]["b"])
     roots = np.einsum("ot,oj,ts->tojs", np.ones((q, T)), np.eye(q), np.eye(T)) / np.sqrt(T)
@@ -1274,7 +1317,7 @@ def hessian_product(f):
     net, loss, params, x, y = batch
 
     def of_layers(tree):
-        return tree[0]["w"], tree[0]["b"], tree[2]["w"], tree[2]["b"]
+        return tuple(np.asarray(tree[l][name]) for l in (0, 2) for name in ("w", "b"))
 
     def curvature(z):
         return -2 * np.tanh(z) * (1 - np.tanh(z) ** 2)
@@ -1289,10 +1332,9 @@ def hessian_product(f):
     found = jax.tree.map(lambda v: v.mean(axis=0), stack(own))
     same(found, of_layers(cv.hessian_product(*batch, vector)))
 
-    def gradient(params):
-        return jax.grad(lambda p: loss.value(jb.forward(net, p, x)[0], y).mean())(params)
-
-    same(found, of_layers(jax.jvp(gradient, (params,), (vector,))[1]))
+    gradient = jax.grad(lambda p: loss.value(jb.forward(net, p, x)[0], y).mean())
+    along = jax.jit(lambda v: jax.jvp(gradient, (params,), (v,))[1])(vector)
+    same(found, of_layers(along))
 
 
 # The tests.
@@ -1361,17 +1403,20 @@ def test_a_block_stands_below_its_formula_and_beside_the_name_of_the_code(block)
         assert "```" in above[-5:], "no formula directly above this block"
 
 
+@functools.cache
+def defined(file):
+    """The functions and classes of a file."""
+    body = ast.parse(file.read_text()).body
+    return {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
 @pytest.mark.parametrize(("name", "path"), sorted(set(links_in(TEXT))))
 def test_the_code_is_where_the_page_says(name, path):
     file = (PAGE.parent / path).resolve()
     assert file.exists(), f"{path} does not exist"
     module = importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
     first, *others = name.split(".")
-    own = {
-        node.name
-        for node in ast.parse(file.read_text()).body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    }
+    own = defined(file)
     assert first in own, f"{path} has no {first}"
     value = getattr(module, first)
     for other in others:
@@ -1407,8 +1452,8 @@ def test_the_kinds_are_those_that_the_rule_gives(name):
 MACROS = """
     alpha aligned arg bar beta big Big bigodot cases cdot cos cosh delta dot dots epsilon eta frac
     Gamma ge in kappa lambda langle le lfloor lceil log lvert mapsto mathrel mathrm mathsf max min mu
-    nabla ne odot omega otimes partial Phi phi pi qquad quad rangle rceil rfloor rho rvert sigma sin
-    sinh sqrt sum tanh tau text tfrac theta top underbrace varepsilon varphi zeta begin end
+    nabla ne nu odot omega otimes partial Phi phi pi qquad quad rangle rceil rfloor rho rvert sigma sin
+    sinh sqrt sum tanh tau text tfrac theta top underbrace varepsilon varphi Xi xi zeta begin end
 """
 
 
