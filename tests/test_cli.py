@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -205,10 +206,10 @@ def test_usage_that_makes_no_sense(args, status, message, capsys):
 
 def test_help_is_worth_reading(capsys):
     for command, words in (
-        ((), ("demo", "train", "check", "bench")),
+        ((), ("demo", "train", "inspect", "check", "bench")),
         (("train",), ("--hidden", "--loss", "examples:", "digits", "what --save writes")),
         (("check",), ("exit status",)),
-        (("bench",), ("jax.value_and_grad",)),
+        (("bench",), ("jax.value_and_grad", "compare", "--quick")),
         (("demo",), ("--epochs", "default: 40")),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -298,14 +299,30 @@ def test_check_of_ones_own_that_cannot_be_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.as_shipped
-def test_bench_prints_ratios():
-    done = run("bench", "--only", "784-128-10 tanh", "--seconds", 0.2, "--json")
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout)["results"]
-    assert row["agreement"] < 1e-5
-    assert row["time"] > 0
-    assert row["memory"] <= 1
-    assert "time ratio" in run("bench", "--only", "784-128-10 tanh", "--seconds", 0.2).stdout
+def test_bench_prints_a_table_and_compare_two_runs(tmp_path, capsys, as_jax_comes):
+    one = ["bench", "--only", "784-128-10 tanh", "--seconds", "0.05", "--no-peers", "--out"]
+    with jax.numpy_rank_promotion("allow"):
+        assert cli.main([*one, str(tmp_path / "a")]) == 0
+    text = capsys.readouterr().out
+    assert "jax.value_and_grad" in text
+    assert "time / unit" in text
+    file = str(tmp_path / "a" / "results.json")
+    assert cli.main(["bench", "compare", file, file]) == 0
+    assert "slower" not in capsys.readouterr().out
+    assert cli.main(["bench", "compare", file, file, "--json"]) == 0
+    changes = json.loads(capsys.readouterr().out)
+    assert {change["change"] for change in changes} == {1.0}
+    assert cli.main(["bench", "compare", file, str(tmp_path / "none.json")]) == 1
+    assert "none.json" in capsys.readouterr().err
+
+
+def test_bench_lists_its_workloads(capsys):
+    assert cli.main(["bench", "--list"]) == 0
+    text = capsys.readouterr().out
+    assert "--quick" in text
+    assert "scaling in vocabulary" in text
+    assert cli.main(["bench", "--only", "nobody", "--list"]) == 1
+    assert "no workload contains that" in capsys.readouterr().err
 
 
 def test_train_goes_on_and_logs(tmp_path, capsys, as_jax_comes):

@@ -499,17 +499,19 @@ def test_token_ids_and_tuples_go_through(key):
 @pytest.mark.newest  # XLA's schedule is another with each version: on JAX 0.6.0 one takes 1.07
 @pytest.mark.as_shipped
 def test_temporary_memory_is_at_most_that_of_autodiff():
-    """Deterministic: what the compiler says, for the benchmark's workloads."""
-    from jbackprop import bench
+    """Deterministic: what the compiler says, for the benchmark's plain perceptrons."""
+    from jbackprop.bench.suite.mlp import WORKLOADS
 
     with jax.numpy_rank_promotion("allow"):
-        for load in bench.WORKLOADS:
+        for load in WORKLOADS:
             args = jax.tree.map(
-                lambda v: v.astype("float32") if v.dtype == float else v, bench.data(load)
+                lambda v: v.astype("float32") if v.dtype == float else v, load.data()
             )
             ours, theirs = (
-                jax.jit(make(load)).lower(*args).compile().memory_analysis().temp_size_in_bytes
-                for make in (bench.manual, bench.automatic)
+                jax.jit(p.function).lower(*args).compile().memory_analysis().temp_size_in_bytes
+                for kind in ("ours", "plain")
+                for p in load.contestants()
+                if p.kind == kind
             )
             assert ours <= theirs, load.name
 

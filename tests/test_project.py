@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jbackprop"
 ORDER = [
     ["factored", "checks", "mesh"], ["sweep"], ["structure"], ["layers"], ["compose"], ["losses"], ["gradient"],
     ["html", "objective", "observe", "sharding", "table"], ["averages", "capture", "per_example"], ["check"], ["curvature"], ["diagnose", "metrics", "optim", "summary"],
-    ["credit", "inspect"], ["saved"], ["train"], ["catalogue", "datasets", "bench"], ["demo"], ["cli"], ["__init__", "__main__"],
+    ["credit", "inspect"], ["saved"], ["train"], ["catalogue", "datasets"], ["bench"], ["demo"], ["cli"], ["__init__", "__main__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 RANK["losses"] = RANK["layers"]  # neither may know the other
