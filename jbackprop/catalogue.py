@@ -360,6 +360,11 @@ def cases(batch: int = 7) -> list[Case]:
         x = _shapes(inputs, batch)
         name = f"{layer} on {_described(x)}"
         net = layer if _gives_an_array(layer, x) else Sequential(layer, _Line())
+        if " at 0x" in name:
+            raise ValueError(
+                f"{name} is called otherwise in every process: give {type(layer).__name__} a "
+                "__repr__ without addresses, as `shown` of layers/checks.py does"
+            )
         found.append(Case(name, layer, net, losses.SquaredError(), inputs, None, batch))
     for loss, targets, output in LOSSES:
         net = mlp([4, 5, 3], layers.Tanh(), output)

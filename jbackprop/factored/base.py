@@ -351,7 +351,9 @@ def fits(pair: Factored, place: Place, groups: int, features: tuple[int, ...]) -
     ):
         raise ValueError(
             f"{type(pair).__name__} with features {features} does not fit a parameter of shape "
-            f"{shape}: are its operands swapped? Steps lead from a parameter to another form"
+            f"{shape}: are its operands swapped? If not, give the steps that lead from the "
+            f"parameter there: {type(pair).__name__}.of(..., "
+            f"steps=(('reshape', {(groups, *features)}),))"
         )
 
 
