@@ -6,6 +6,7 @@ little optimisation, unless XLA_FLAGS says otherwise. What is about the program 
 XLA_FLAGS is set to nothing: `make test` does both.
 """
 
+import gc
 import itertools
 import os
 from pathlib import Path
@@ -22,12 +23,14 @@ import pytest  # noqa: E402
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_traceback_in_locations_limit", 0)  # no stacks of calls in what XLA is given
 _CACHE = os.environ.get("JBACKPROP_TEST_CACHE", Path(__file__).parent.parent / ".cache" / "jax")
 if jax.__version_info__ >= (0, 8):  # on the CPU JAX 0.6 reads loops back that compute other numbers
     jax.config.update("jax_compilation_cache_dir", str(_CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(config, items):
     """Tests of one case go to one worker, where they share what they compile."""
     shipped = [item for item in items if quick and item.get_closest_marker("as_shipped")]
@@ -38,6 +41,13 @@ def pytest_collection_modifyitems(config, items):
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
         if hasattr(case, "name"):
             item.add_marker(pytest.mark.xdist_group(case.name))
+
+
+def pytest_collection_finish():
+    """What is there by now stays there, and tracing makes many small objects that are soon let go."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 tests_run = itertools.count(1)
