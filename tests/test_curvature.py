@@ -12,6 +12,7 @@ import lineax
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from tabled import cases
 from truth import each_grad, mean_cost, relative, rows
 
 import jbackprop as jb
@@ -22,13 +23,13 @@ from jbackprop.layers.recurrent import Recurrent
 
 pytestmark = pytest.mark.newest
 TRUTHS = Path(__file__).parent / "torch_truth"
-CASES = [c for c in catalogue.cases(3) if not c.net.couples_examples]
+CASES = [c for c in cases(3) if not c.net.couples_examples]
 LEARNING = [c for c in CASES if jax.tree.leaves(jax.eval_shape(c.net.init, jax.random.key(0)))]
 LOSS = jb.SoftmaxCrossEntropy()
 
 
-def named(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+def named(some):
+    return pytest.mark.parametrize("case", some, ids=lambda case: case.name)
 
 
 def flat(tree):

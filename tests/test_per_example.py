@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tabled import cases
 from truth import assert_close, each_grad, relative, rows
 
 import jbackprop as jb
-from jbackprop import catalogue
 from jbackprop import per_example as pe
 from jbackprop.factored import base, outer
 
@@ -327,7 +327,7 @@ def test_a_layer_that_couples_examples_is_refused_by_name(key):
 @pytest.mark.parametrize("some", [1, 2])
 def test_gradients_are_written_out_for_a_few_examples_at_a_time(monkeypatch, name, some):
     """The same in blocks of every size, also where they do not divide the batch."""
-    (case,) = (case for case in catalogue.cases(5) if case.name.startswith(name))
+    (case,) = (case for case in cases(5) if case.name.startswith(name))
     bp = jb.backprop(case.net, case.loss, case.params, case.x, case.y)
     pair = jax.tree.leaves(bp.factored, is_leaf=jb.factored.is_factored)[-1 if some == 1 else 0]
     monkeypatch.setattr(base, "AT_ONCE", some * pair.entries)

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tabled import cases
 from truth import assert_close, each_grad, relative, rows
 
 import jbackprop as jb
-from jbackprop import catalogue, structure
 from jbackprop import per_example as pe
+from jbackprop import structure
 
 CASES = [
-    case for case in catalogue.cases(5)
+    case for case in cases(5)
     if not case.net.couples_examples
     and jax.tree.leaves(jax.eval_shape(case.net.init, jax.random.key(0)))
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tabled import cases
 from truth import assert_close, assert_same, each_grad, mean_cost, relative
 
 import jbackprop as jb
@@ -16,7 +17,7 @@ from jbackprop import catalogue, compose, layers, losses, structure, sweep
 from jbackprop.check.programs import reached
 from jbackprop.factored import is_factored
 
-CASES = catalogue.cases()
+CASES = cases()
 RULES = [c for c in CASES if isinstance(c.rule, sweep.Node)]
 LEAVES = [c for c in RULES if isinstance(c.rule, jb.Layer)]
 ALONE = [c for c in RULES if not c.net.couples_examples]
@@ -24,8 +25,8 @@ ALONE = [c for c in RULES if not c.net.couples_examples]
 DTYPES = ["float64", "float32", "bfloat16", "float16"]
 
 
-def named(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+def named(some):
+    return pytest.mark.parametrize("case", some, ids=lambda case: case.name)
 
 
 def own(case):
