@@ -22,7 +22,8 @@ from jbackprop import curvature as cv
 from jbackprop.layers import windows
 from jbackprop.sweep import keep
 
-pytestmark = pytest.mark.newest
+# One worker has all of it: tests share what a comparison finds.
+pytestmark = [pytest.mark.newest, pytest.mark.xdist_group("derivations")]
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "derivations.md"
@@ -138,9 +139,20 @@ def normal_like(seed, tree):
     return jax.tree.unflatten(form, [normal((seed, i), *v.shape) for i, v in enumerate(leaves)])
 
 
+@functools.cache
 def parameters(net):
     """Normal numbers, biases too."""
     return normal_like(1, jax.eval_shape(net.init, jax.eval_shape(jax.random.key, 0)))
+
+
+def compiled(*static):
+    """Make one program of a function, whose answers are NumPy's arrays: those are quick to index."""
+
+    def mark(f):
+        program = jax.jit(f, static_argnums=static)
+        return lambda *arguments: jax.tree.map(np.asarray, program(*arguments))
+
+    return mark
 
 
 def same(found, due, tolerance=1e-12):
@@ -163,7 +175,7 @@ def floating(tree):
     return [v for v in jax.tree.leaves(tree) if jnp.issubdtype(v.dtype, jnp.floating)]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(0)
 def swept(net, params, x, delta, key=None):
     """The library's answers, and those of automatic differentiation of the forward sweep."""
     y, saved = jb.forward(net, params, x, key)
@@ -239,7 +251,7 @@ def delta_of(bp):
     return np.asarray(delta)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(0, 1)
 def truth(net, loss, params, x, y):
     """Every example's gradient, by vmap(grad)."""
 
@@ -249,13 +261,13 @@ def truth(net, loss, params, x, y):
     return jax.vmap(jax.grad(cost), in_axes=(None, 0, 0))(params, x, y)
 
 
-@jax.jit
+@compiled()
 def each_of(pairs):
     """Every example's gradient by pairs, in a tree of them."""
     return jax.tree.map(lambda pair: pair.each(), pairs, is_leaf=factored.is_factored)
 
 
-gradient_of = jax.jit(jb.gradient)
+gradient_of = compiled()(jb.gradient)
 
 
 def numbers(cell):
@@ -305,14 +317,14 @@ def delta_rule(f):
     params = parameters(net)
     x, y = normal(1, B, 3), np.ones((B, 2))
     bp, each = jb.backprop(net, loss, params, x, y), truth(net, loss, params, x, y)
-    its = each_of(bp.factored)
+    its, its_deltas = each_of(bp.factored), [np.asarray(v) for v in jb.deltas(bp).values()]
     weights, biases = ([params[l][name] for l in (0, 2, 4)] for name in ("w", "b"))
     for n in range(B):
         deltas, gradients = f.delta_rule(
             weights, biases, lambda z: f.sigmoid(z)[0], lambda z: f.sigmoid(z)[1], x[n],
             lambda z, n=n: f.sigmoid(z)[0] - y[n],
         )  # fmt: skip
-        same(deltas, [v[n] for v in jb.deltas(bp).values()])
+        same(deltas, [v[n] for v in its_deltas])
         same(gradients, [its[l]["w"][n] for l in (0, 2, 4)])
         same(gradients, [each[l]["w"][n] for l in (0, 2, 4)])
         same(deltas, [each[l]["b"][n] for l in (0, 2, 4)])
@@ -488,7 +500,7 @@ def rows(pair):
     return np.asarray(each_of(pair)).reshape(B, -1)
 
 
-@jax.jit
+@compiled()
 def answers(pair, mu, v, other):
     return (pair.total(mu), pair.square_norm(), pair.project(v), pair.second_moment(mu),
             *pair.moments(mu), pair.dot(other), pair.gram(other))  # fmt: skip
@@ -1045,7 +1057,7 @@ def tied(f):
 # Losses.
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(0)
 def asked(loss, z, y, v):
     def delta(z):
         return jax.grad(lambda z: loss.value(z, y).sum())(z)
@@ -1144,7 +1156,7 @@ def fused_softmax_cross_entropy(f):
     cost, delta_h, dw, db, hessian = own
     weighted = np.einsum("n,ntio->io", mu, dw) / T, np.einsum("n,nto->o", mu, db) / T
 
-    @jax.jit
+    @compiled()
     def asked(h, w, b, v):
         def costs(h, w, b):
             return loss.value(jnp.dot(h, w) + jnp.broadcast_to(b, (B, T, q)), y)
@@ -1172,7 +1184,7 @@ def cross_entropy_behind_softmax(f):
     z, y = (v[:, 0] for v in outputs(1))
     net, loss = jb.Sequential(jb.Dense(4, 4), jb.Softmax()), jb.CrossEntropy()
     params = ({"w": np.eye(4), "b": np.zeros(4)}, ())
-    delta = jb.deltas(jb.backprop(net, loss, params, z, y))["layers[0]"]
+    delta = delta_of(jb.backprop(net, loss, params, z, y))
     true = truth(net, loss, params, z, y)[0]["b"]
     for n in range(B):
         same([f.cross_entropy_behind_softmax(z[n], y[n])] * 2, [delta[n], true[n]])
@@ -1242,7 +1254,7 @@ def curved():
     x, y = normal(1, B, 3), np.array([0, 2, 1])
     vector = normal_like(2, params)
 
-    @jax.jit
+    @compiled()
     def arrays(params, vector):
         row, form = ravel_pytree(params)
 
@@ -1254,8 +1266,7 @@ def curved():
         roots = loss.hessian_root(z, y)
         return jax.jacfwd(outputs)(row), hessians, roots, ravel_pytree(vector)[0]
 
-    found = [np.asarray(v) for v in arrays(params, vector)]
-    return (net, loss, params, x, jnp.asarray(y)), vector, found
+    return (net, loss, params, x, jnp.asarray(y)), vector, arrays(params, vector)
 
 
 def in_a_row(tree):
