@@ -177,10 +177,15 @@ def anchor(title):
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
-def test_every_page_and_every_picture_is_referred_to():
-    everything = "".join(page.read_text() for page in PAGES)
-    for path in [*DOCS.glob("*.md"), *DOCS.glob("*.png")]:
-        assert f"({path.name})" in everything or f"(docs/{path.name})" in everything, path.name
+def test_every_page_picture_and_example_is_referred_to():
+    targets = {
+        (page.parent / target.partition("#")[0]).resolve()
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    }
+    examples = [*(ROOT / "examples").glob("*.py"), *(ROOT / "examples").glob("*.ipynb")]
+    for path in [*DOCS.glob("*.md"), *DOCS.glob("*.png"), *examples]:
+        assert path.resolve() in targets, path.name
 
 
 def test_every_name_in_the_pages_exists():
