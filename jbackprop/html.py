@@ -65,7 +65,7 @@ td small, th small { color: var(--dim); font-size: .74rem; font-weight: 400; }
 .facts .look::before { content: "\\25b2"; color: var(--orange); font-size: .8em; top: .42rem; }
 .facts .bad { background: #fbeee6; border-radius: .3rem; }
 .facts .bad::before { content: "\\2716"; color: var(--orange); left: .4rem; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 32rem), 1fr));
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr));
         column-gap: 2.2rem; }
 .pair h2 { margin-top: 1.6rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)); gap: .7rem; }
@@ -257,7 +257,7 @@ def figure(fig: Any, caption: str, alt: str) -> str:
         fig.savefig(drawn, format="svg", metadata={"Date": None}, bbox_inches="tight")
     svg = drawn.getvalue()
     svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
-    svg = re.sub(r' id="[A-Za-z.]+_\d+"', "", svg)  # of which several figures have the same
+    svg = re.sub(r' id="[A-Za-z][\w.]*_\d+"', "", svg)  # of which several figures have the same
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 

@@ -55,7 +55,7 @@ def _nonfinite(seen: Inspection) -> Iterator[Fact]:
     odd = np.flatnonzero(~np.isfinite(sizes))
     if odd.size:
         few = ", ".join(map(str, odd[:5])) + (", ..." if odd.size > 5 else "")
-        who = f"{odd.size:,} of {seen.examples:,} examples have"
+        who = f"{odd.size:,} of {seen.examples:,} examples {'has' if odd.size == 1 else 'have'}"
         yield Fact(
             "bad",
             f"{who} a cost or a gradient that is not finite: {few}. All means, quartiles and "
@@ -93,11 +93,12 @@ def _flow(seen: Inspection) -> Iterator[Fact]:
     if len(layers) < 2:
         return
     (first, small), (last, large) = layers[0], layers[-1]
-    way = f"from the output ({last.path}) back to the first layer with weights ({first.path})"
+    way = f"on the way back from the last layer with weights ({last.path}) to the first "
+    way += f"({first.path})"
     if large == 0 or small == 0:
         return  # that is for `_silent`
     ratio = small / large
-    sizes = f"median norm {number(large)} at the output, {number(small)} at that layer"
+    sizes = f"median norm {number(large)} at the last, {number(small)} at the first"
     if ratio < 1 / FOLD:
         fold = f"{number(1 / ratio)}-fold"
         yield Fact("look" if ratio < 0.01 else "plain", f"Deltas shrink {fold} {way}: {sizes}.")
@@ -112,7 +113,7 @@ def _flow(seen: Inspection) -> Iterator[Fact]:
         yield Fact(
             "plain",
             f"Before training the first layer's delta had {number(here / there)} times the norm of "
-            f"the output's; now it has {number(ratio)} times.",
+            f"the last layer's; now it has {number(ratio)} times.",
         )
 
 
@@ -191,7 +192,7 @@ def _mistakes(seen: Inspection) -> Iterator[Fact]:
     which = f"{among} of the {shown} largest gradients are"
     if among == shown > 1:
         which = f"All {shown} largest gradients are"
-    if all_of_them < 0.5 and among > 2 * all_of_them * shown:
+    if all_of_them < 0.1 and among > 2 * all_of_them * shown:
         yield Fact(
             "plain",
             f"{which} of mistakes, though only {int(wrong.sum()):,} of all {len(wrong):,} examples "

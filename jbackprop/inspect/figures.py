@@ -286,7 +286,7 @@ def _where(
     found = first_nonfinite(net, loss, params, *part)
     if found is None:
         return "the gradient of an example, while all that leads to it is finite"
-    return f"{found}, example {odd[0]}" if odd.size else found
+    return f"{found}, example {odd[0]}" if 0 < odd.size < len(values) else found
 
 
 class _Seen:

@@ -144,7 +144,7 @@ def _head(seen: Inspection, showing: Showing, about: str) -> str:
             f"in {sum(bool(l.parameters) for l in seen.layers)} layers",
         ),
         ("examples", f"{seen.examples:,}", "looked at"),
-        ("mean cost", number(mean(seen.costs)), _short(repr(seen.loss))),
+        ("mean cost", number(mean(seen.costs)), _short(repr(seen.loss)) + _of_finite(seen.costs)),
     ]
     if seen.outcome.name == "accuracy":
         share = seen.outcome.mean
@@ -157,8 +157,14 @@ def _head(seen: Inspection, showing: Showing, about: str) -> str:
     if seen.norms is not None:
         own = seen.norms[np.isfinite(seen.norms)]
         median = float(np.median(own)) if own.size else float("nan")
-        tiles.append(("gradient norm", number(median), "median over the examples"))
+        note = "median over the examples" + _of_finite(seen.norms)
+        tiles.append(("gradient norm", number(median), note))
     return (html.lead(about) if about else "") + html.tiles(tiles)
+
+
+def _of_finite(values: np.ndarray) -> str:
+    there = int(np.isfinite(values).sum())
+    return "" if there == len(values) else f", {there:,} of {len(values):,} being finite"
 
 
 def _error(seen: Inspection, showing: Showing) -> tuple[str, str, str]:

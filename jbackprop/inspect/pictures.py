@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,6 +64,11 @@ def _log_ticks(axis: Any, least: float, most: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def amount(examples: int) -> str:
+    """So many examples, in words."""
+    return "1 example" if examples == 1 else f"{examples:,} examples"
+
+
 def flow(seen: Inspection) -> str:
     """The norm of the delta by layer: the median over the examples, and the quartiles."""
     layers = seen.weighted
@@ -80,6 +86,9 @@ def flow(seen: Inspection) -> str:
               label="after" if seen.before else "median")  # fmt: skip
     if np.isfinite(median).any():
         axes.set_yscale("log")
+        least, most = axes.get_ylim()
+        wider = max(1.0, math.sqrt(10 * least / most))  # a decade is seen at least
+        axes.set_ylim(least / wider, most * wider)
         _log_ticks(axes.yaxis, *axes.get_ylim())
     axes.set_ylabel("norm of the delta of one example")
     _name_layers(axes, layers, "layers with weights")
@@ -89,7 +98,7 @@ def flow(seen: Inspection) -> str:
     caption = (
         "How the delta changes on its way from the output (right) to the input (left): the norm of "
         "the gradient of one example's cost with respect to the layer's outputs, its median over "
-        f"{seen.examples:,} examples and its quartiles (band)."
+        f"{amount(seen.examples)} and its quartiles (band)."
     )
     if unseen:
         caption += f" In {unseen} of the layers it is 0 for some; a log axis cannot show zeros."
@@ -161,6 +170,10 @@ def sizes(seen: Inspection) -> str:
         if median > 0 or not log:
             axes.axvline(median, color=BLUE, linewidth=1.3, label="median")
         _legend(axes)
+    else:
+        axes.text(0.5, 0.5, "none is finite", transform=axes.transAxes, ha="center",
+                  color="#55554f", fontsize=9)  # fmt: skip
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(f"{what} of one example{' (log axis)' if log else ''}")
     axes.set_ylabel("examples")
     caption = (
