@@ -1,6 +1,6 @@
 """A hand-written rule inside an Equinox model.
 
-The rule is a gated linear unit, a layer that jbackprop does not ship, derived below.
+The rule is a gated linear unit, derived below as you would a layer of your own (ours is `jb.glu`).
 `jb.check.network` proves it against `jax.grad` in float64, and `jb.as_function` makes of it a plain
 JAX function whose reverse rule is ours. In the model it stands between two `eqx.nn.Linear`
 layers, is differentiated by `eqx.filter_value_and_grad` and trained by Optax; neither notices.
@@ -39,7 +39,7 @@ class GatedLinear(jb.Layer):
 
         dC/dx = delta_u V^T + delta_z W^T.
 
-    Source: Dauphin et al., Language modeling with gated convolutional networks (2017), equation 1.
+    Source: Dauphin et al., Language modeling with gated convolutional networks (2016), equation 1.
     """
 
     p: int

@@ -37,7 +37,7 @@ class Following(jb.credit.Transported):
             return b + self.rate * (w - b)
 
         learned = jb.credit.map_feedback(follow, state.learned, params)
-        return updates, dataclasses.replace(state, learned=learned)
+        return updates, state.next(learned)
 
 
 def main(

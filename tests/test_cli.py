@@ -28,7 +28,7 @@ def run(*args, cwd=None):
 
 @pytest.mark.as_shipped
 def test_demo_learns_the_digits_and_proves_it(tmp_path):
-    done = run("demo", "--quick", "--output", tmp_path, "--json")
+    done = run("demo", "--quick", "--out", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["ok"] is True
@@ -41,7 +41,7 @@ def test_demo_learns_the_digits_and_proves_it(tmp_path):
 
 @pytest.mark.as_shipped
 def test_demo_is_no_lucky_seed(tmp_path):
-    done = run("demo", "--quick", "--output", tmp_path, "--seed", 1)
+    done = run("demo", "--quick", "--out", tmp_path, "--seed", 1)
     assert done.returncode == 0, done.stderr
     accuracy = float(re.search(r"test (\d+\.\d)%", done.stdout)[1])
     assert accuracy >= 97

@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jbackprop",
         description="Backpropagation with the lid off: hand-derived delta rules for JAX.",
+        epilog="Start with: jbackprop demo",
     )
     parser.add_argument("--version", action="version", version=f"jbackprop {jbackprop.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     benches = commands.add_parser(
         "bench",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        help="manual against automatic gradients",
+        help="how fast, lean and exact: manual against automatic gradients",
         description="Time, memory and compile time of hand-derived gradients beside\n"
         "jax.value_and_grad of the same network in plain JAX, jax.checkpoint, Flax, Equinox and\n"
         "others, and how far each is from float64. All take turns; who is missing is a row that\n"

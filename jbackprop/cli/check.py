@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     """Tell the parser of the command."""
     checks = commands.add_parser(
         "check",
-        help="prove every rule against jax.grad, or run a check of yours",
+        help="prove every rule against jax.grad (minutes), or run a check of yours",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Compare every delta and gradient of every layer and loss with jax.grad in\n"
         "float64; or run a check of your own. The exit status is 1 unless all is right.",

@@ -20,8 +20,11 @@ def add(commands: Any) -> None:
     )
     demo.add_argument("--epochs", type=positive, default=40, help="default: %(default)s")
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    demo.add_argument("--output", type=Path, default=Path("output"), help="default: %(default)s/")
-    demo.add_argument("--quick", action="store_true", help="measure time for a moment only")
+    demo.add_argument(
+        "--out", type=Path, default=Path("output"), metavar="FOLDER",
+        help="where the picture goes; default: %(default)s/",
+    )  # fmt: skip
+    demo.add_argument("--quick", action="store_true", help="run the benchmark for a moment only")
     demo.set_defaults(run=run_demo)
     demo.add_argument("--json", action="store_true", help="print JSON on standard output")
 
@@ -30,7 +33,7 @@ def run_demo(args: argparse.Namespace) -> int:
     """The command: an exit status, 1 if a gradient is wrong."""
     from jbackprop import demo
 
-    found = demo.run(args.epochs, args.seed, args.output, say_of(args), args.quick)
+    found = demo.run(args.epochs, args.seed, args.out, say_of(args), args.quick)
     if args.json:
         print_json(found)
     return 0 if found["ok"] else 1
