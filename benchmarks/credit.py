@@ -40,8 +40,8 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import jbackprop as jb
+from jbackprop.bench.contest import caller, in_turns
 from jbackprop.bench.machine import describe as machine
-from jbackprop.bench.measure import caller, in_turns
 from jbackprop.table import render
 
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)

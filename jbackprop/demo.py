@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from jbackprop import check, datasets, diagnose, metrics
-from jbackprop.bench.measure import measure
+from jbackprop.bench.contest import measure
 from jbackprop.bench.report import timetable
 from jbackprop.bench.results import ratios
 from jbackprop.bench.suite.mlp import workload

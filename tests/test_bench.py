@@ -14,10 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jbackprop.bench import compare, measure, report
+from jbackprop.bench import report
+from jbackprop.bench.comparison import compare, table
+from jbackprop.bench.contest import (
+    Row,
+    answered,
+    error_of,
+    gap,
+    in_turns,
+    measure,
+    truth_of,
+)
 from jbackprop.bench.declare import Absent, Contestant, Outside, Workload, peer
 from jbackprop.bench.machine import ceilings, describe
-from jbackprop.bench.measure import Row, gap
 from jbackprop.bench.outside import Process
 from jbackprop.bench.results import Run, best, growth, ratios
 from jbackprop.bench.run import run
@@ -83,7 +92,7 @@ def operations(jaxpr):
 
 
 COUNTED = [
-    "mlp, 784-512x2-10 gelu", "deep, 32 x (gelu", "blocks, width 128", "language model, width 128",
+    "mlp, 784-512x2-10 gelu", "deep, 32 x (gelu", "transformer blocks, width 128", "transformer, language model, width 128",
     "LSTM, 64 steps, width 128, batch 32", "head, 512", "attention, causal", "scaling in depth, 16",
 ]  # fmt: skip
 
@@ -127,14 +136,14 @@ def test_everybody_answers_the_same(text):
     params, *data = load.data()
     inputs = (params, *data)
     people = [p for p in load.contestants() if isinstance(p, Contestant)]
-    truth = measure.truth_of(load, people[0], inputs)
+    truth = truth_of(load, people[0], inputs)
     kinds = (*KINDS, "flax", "equinox", "rule", "custom_vjp", "variant")
     told = {}
     for person in people[:1] + [p for p in people[1:] if p.kind in kinds]:
-        own = measure.truth_of(load, person, inputs) if person.own_truth else truth
+        own = truth_of(load, person, inputs) if person.own_truth else truth
         function = jax.jit(person.function) if person.jit else person.function
-        answer = measure.answered(load, person, function(person.pack(params), *data))
-        told[person.name] = measure.error_of(answer, own)
+        answer = answered(load, person, function(person.pack(params), *data))
+        told[person.name] = error_of(answer, own)
         assert told[person.name] <= load.tolerance, told
     assert len(told) >= 2
 
@@ -156,7 +165,7 @@ def test_a_wrong_contestant_is_not_timed_and_a_missing_one_is_a_row():
     ]  # fmt: skip
     rows = {
         r.contestant: r
-        for r in measure.measure(dataclasses.replace(load, contestants=lambda: people), 0.01)
+        for r in measure(dataclasses.replace(load, contestants=lambda: people), 0.01)
     }
     assert rows["twice"].note.startswith("WRONG: its answer is off by 1e+00")
     assert rows["twice"].samples == ()
@@ -172,8 +181,8 @@ def test_a_wrong_contestant_is_not_timed_and_a_missing_one_is_a_row():
 
 
 def test_what_does_not_fit_is_not_run(monkeypatch):
-    monkeypatch.setattr(measure, "room", lambda: 1000)
-    rows = measure.measure(fast(only("mlp, 64-32x30")), 0.01)
+    monkeypatch.setattr("jbackprop.bench.contest.room", lambda: 1000)
+    rows = measure(fast(only("mlp, 64-32x30")), 0.01)
     assert all(r.note.startswith("needs 0.0 GiB") for r in rows)
     assert report.table(Run(describe(), {"matmul_flops": 1.0, "stream_bytes": 1.0}, tuple(rows)))
 
@@ -201,7 +210,7 @@ def test_rounds_pair_neighbours_and_slow_ones_take_part_in_fewer(monkeypatch):
 
         return timed
 
-    samples = measure.in_turns([of("a", 0.001), of("b", 0.001), of("slow", 0.5)], 0.4)
+    samples = in_turns([of("a", 0.001), of("b", 0.001), of("slow", 0.5)], 0.4)
     rounds = len(samples[0])
     assert len({len(s) for s in samples}) == 1
     assert None not in samples[0] + samples[1]
@@ -241,26 +250,26 @@ def test_ratios_are_paired_so_that_drift_cancels():
 
 
 def test_compare_knows_about_noise():
-    verdicts = [compare.compare(made(1, 2 * i), made(1, 2 * i + 1))[0].verdict for i in range(100)]
+    verdicts = [compare(made(1, 2 * i), made(1, 2 * i + 1))[0].verdict for i in range(100)]
     assert verdicts.count("the same") >= 95
     assert not {"faster", "slower"} & set(verdicts)
-    wild = [compare.compare(made(1, i, 0.5), made(1, 900 + i, 0.5))[0].verdict for i in range(100)]
+    wild = [compare(made(1, i, 0.5), made(1, 900 + i, 0.5))[0].verdict for i in range(100)]
     assert wild.count("slower") + wild.count("faster") <= 3
     assert "cannot tell" in wild
-    slower = [compare.compare(made(1, i), made(1.2, 300 + i))[0] for i in range(20)]
+    slower = [compare(made(1, i), made(1.2, 300 + i))[0] for i in range(20)]
     assert {c.verdict for c in slower} == {"slower"}
     assert all(c.worse for c in slower)
     assert sum(c.low < 1.2 < c.high for c in slower) >= 17  # of 20, at 95 %
-    assert compare.compare(made(1.2, 0), made(1, 1))[0].verdict == "faster"
-    (change,) = compare.compare(made(1, 0), made(1, 1, temp=1100))
+    assert compare(made(1.2, 0), made(1, 1))[0].verdict == "faster"
+    (change,) = compare(made(1, 0), made(1, 1, temp=1100))
     assert change.verdict == "the same, larger"
     assert change.worse
-    (change,) = compare.compare(made(1, 0, n=4), made(1.5, 1, n=4))
+    (change,) = compare(made(1, 0, n=4), made(1.5, 1, n=4))
     assert change.verdict == "cannot tell"
-    text = compare.table([change], made(1, 0), made(1, 1))
+    text = table([change], made(1, 0), made(1, 1))
     assert "cannot tell" in text
     other = dataclasses.replace(made(1, 1), machine={"device": "another"})
-    assert "not from the same machine" in compare.table([change], made(1, 0), other)
+    assert "not from the same machine" in table([change], made(1, 0), other)
 
 
 def test_what_is_in_one_run_alone_is_said():
@@ -268,7 +277,7 @@ def test_what_is_in_one_run_alone_is_said():
     renamed = dataclasses.replace(
         b, rows=(b.rows[0], dataclasses.replace(b.rows[1], contestant="x"))
     )
-    assert [c.verdict for c in compare.compare(a, renamed)] == ["only in A", "only in B"]
+    assert [c.verdict for c in compare(a, renamed)] == ["only in A", "only in B"]
 
 
 def test_exponents_are_fitted_over_the_larger_half():
@@ -362,19 +371,19 @@ def test_peers_in_a_process_of_their_own(tmp_path, monkeypatch):
         fast(only("mlp, 64-32x30"), ("plain",)),
         outside=(Outside("served.py", "some task"), Outside("lost.py", "some task")),
     )
-    rows = {r.contestant: r for r in measure.measure(load, 0.01, sys.executable)}
+    rows = {r.contestant: r for r in measure(load, 0.01, sys.executable)}
     assert rows["there"].seconds == pytest.approx(0.001)
     assert rows["wrong"].note.startswith("WRONG")
     assert rows["not there"].note == "no such thing"
     assert rows["lost"].note == "No module named 'no_such_module'"
-    nobody = {r.contestant for r in measure.measure(load, 0.01, None)}
+    nobody = {r.contestant for r in measure(load, 0.01, None)}
     assert nobody == {"jax.value_and_grad"}
 
 
 def test_scikit_learn_ends_an_epoch_with_the_same_parameters():
     load = only("epoch")
     inputs = load.data()
-    truth = measure.truth_of(load, load.contestants()[0], inputs)
+    truth = truth_of(load, load.contestants()[0], inputs)
     with Process(sys.executable, load.outside[0], load, truth, inputs) as process:
         (fields,) = process.entered
         assert fields["error"] < load.tolerance, fields
@@ -400,7 +409,7 @@ def test_widths_are_named_shortly():
 
 def test_float64_is_the_truth_whatever_the_flag():
     load = fast(only("mlp, 64-32x30"), ("plain",))
-    value, _ = measure.truth_of(load, load.contestants()[0], load.data())
+    value, _ = truth_of(load, load.contestants()[0], load.data())
     assert value.dtype == np.float64
     assert jnp.zeros(1).dtype == jnp.float32
 
@@ -414,5 +423,5 @@ def test_a_workload_needs_no_file(tmp_path):
             Contestant("by hand", lambda w, x: ((w * x).sum(), x), "ours"),
         ],
     )  # fmt: skip
-    rows = measure.measure(mine, 0.01)
+    rows = measure(mine, 0.01)
     assert [r.error for r in rows] == [0, 0]

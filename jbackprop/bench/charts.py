@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jbackprop.bench.measure import Row
+from jbackprop.bench.contest import Row
 from jbackprop.bench.results import Run, best, growth, ratios
 from jbackprop.diagnose.pictures import figure
 

@@ -86,7 +86,7 @@ class Workload:
         axis: of a series, its name and this one's size: ("batch", 64).
         theory: of a series, by kind: exponents of time and of temporary memory in that size.
         goals: by kind: the most of its time and of its memory that ours may take.
-        tolerance: for the relative error of an answer; see `jbackprop.bench.measure.gap`.
+        tolerance: for the relative error of an answer; see `jbackprop.bench.contest.gap`.
     """
 
     name: str

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from jbackprop import html
 from jbackprop.bench.charts import charts
-from jbackprop.bench.measure import Row
+from jbackprop.bench.contest import Row
 from jbackprop.bench.results import Growth, Run, best, growth, ratios
 from jbackprop.table import render
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jbackprop.bench.measure import Row, paired, quartiles
+from jbackprop.bench.contest import Row, paired, quartiles
 
 FORMAT = 1
 

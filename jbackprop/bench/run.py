@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from jbackprop.bench import report
 from jbackprop.bench.charts import charts
+from jbackprop.bench.contest import measure
 from jbackprop.bench.declare import Workload
 from jbackprop.bench.machine import ceilings, describe
-from jbackprop.bench.measure import measure
 from jbackprop.bench.results import Run
 
 SECONDS = (0.6, 2.0, 2.0)

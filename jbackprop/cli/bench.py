@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jbackprop.bench import compare, report
+from jbackprop.bench import report
+from jbackprop.bench.comparison import compare, table
 from jbackprop.bench.results import Run
 from jbackprop.bench.run import SECONDS, run
 from jbackprop.bench.suite import WORKLOADS
@@ -101,9 +102,9 @@ def run_bench(args: argparse.Namespace) -> int:
 def run_compare(args: argparse.Namespace) -> int:
     """The command: an exit status, 1 where B is worse."""
     a, b = Run.load(args.a), Run.load(args.b)
-    changes = compare.compare(a, b)
+    changes = compare(a, b)
     if args.json:
         print_json([dataclasses.asdict(change) for change in changes])
     else:
-        print(compare.table(changes, a, b))
+        print(table(changes, a, b))
     return 1 if any(change.worse for change in changes) else 0

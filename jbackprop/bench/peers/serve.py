@@ -35,7 +35,7 @@ def below(arrays: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def error_of(found: Sequence[Any], wanted: Sequence[Any]) -> float:
-    """As `jbackprop.bench.measure.gap` has it."""
+    """As `jbackprop.bench.contest.gap` has it."""
     a, b = ([np.asarray(v, np.float64) for v in each] for each in (found, wanted))
     if len(b) == 1 and b[0].ndim == 1:
         a, b = list(a[0]), list(b[0])

@@ -200,7 +200,7 @@ def _step(sizes: Sequence[int], activation: str, batch: int, level: int) -> Work
 def _model_step(sizes: Sizes, level: int) -> Workload:
     rows = sizes.batch * sizes.length
     return Workload(
-        f"step of Adam, language model, {sizes}",
+        f"step of Adam, transformer, language model, {sizes}",
         "transformer",
         functools.partial(model_data, sizes),
         functools.partial(language_models, sizes),

@@ -273,7 +273,7 @@ def modellers(sizes: Sizes) -> Sequence[Contestant]:
 
 def _blocks(sizes: Sizes, plain: Any, idiomatic: Any, level: int) -> Workload:
     return Workload(
-        f"blocks, {sizes}",
+        f"transformer blocks, {sizes}",
         "transformer",
         functools.partial(data, sizes),
         functools.partial(contestants, sizes, KEPT if level else FEW),
@@ -285,7 +285,7 @@ def _blocks(sizes: Sizes, plain: Any, idiomatic: Any, level: int) -> Workload:
 
 def _model(sizes: Sizes, level: int) -> Workload:
     return Workload(
-        f"language model, {sizes}",
+        f"transformer, language model, {sizes}",
         "transformer",
         functools.partial(model_data, sizes),
         functools.partial(modellers, sizes),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jbackprop.bench.measure import Row, paired
+from jbackprop.bench.contest import Row, paired
 from jbackprop.bench.results import Run, interval, unit_of
 from jbackprop.table import render
 
