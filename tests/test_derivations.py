@@ -648,7 +648,7 @@ def test_of_every_activation_there_is_a_formula():
 
 @compares("softmax")
 def softmax(f):
-    compare(jb.Softmax(), plain(f.softmax), (3, 4))
+    compare(jb.Softmax(), plain(f.softmax), (2, 3, 4))
 
 
 # Convolutions and pooling.
@@ -764,9 +764,9 @@ def norms(f):
 
         return rule
 
-    compare(jb.LayerNorm(5, 0.03), of("layer_norm", 0.03), (4, 5), name="layer_norm")
+    compare(jb.LayerNorm(5, 0.03), of("layer_norm", 0.03), (2, 4, 5), name="layer_norm")
     rms = jb.RMSNorm(5, 0.03, shift=True)
-    compare(rms, of("rms_norm", 0.03), (4, 5), name="rms_norm")
+    compare(rms, of("rms_norm", 0.03), (2, 4, 5), name="rms_norm")
     compare(jb.GroupNorm(2, 6), of("group_norm", 1e-5, 2), (3, 2, 6), name="group_norm")
     compare(jb.InstanceNorm(3), of("instance_norm", 1e-5), (2, 3, 3), name="instance_norm")
 
