@@ -150,9 +150,10 @@ def check_key(key: Any, what: str = "key", optional: bool = False) -> None:
 def check_arrays(name: str, tree: Any) -> None:
     """Raise unless it is arrays, or tuples of them, of numbers that are not complex."""
     if isinstance(tree, list) or tree is None:
+        several = tree and all(hasattr(part, "dtype") for part in tree)
         raise TypeError(
             f"{name} must be arrays (or tuples of them), not {type(tree).__name__}: "
-            f"use np.asarray({name})"
+            f"use np.asarray({name})" + (f", or tuple({name}) of several" if several else "")
         )
     check_leaves(name, tree)
 

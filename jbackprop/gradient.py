@@ -179,7 +179,11 @@ def check_net(net: Any) -> None:
 def check_loss(loss: Any, what: str = "loss") -> None:
     """Raise unless it is a loss."""
     if not isinstance(loss, Loss):
-        hint = "; make an instance: add ()" if inspect.isclass(loss) else ""
+        hint = ""
+        if inspect.isclass(loss):
+            hint = "; make an instance: add ()"
+        elif callable(loss):
+            hint = "; one of your own is a subclass of jb.Loss with value and delta"
         raise TypeError(f"{what} must be a jbackprop Loss, not {loss!r}{hint}")
 
 
@@ -341,7 +345,11 @@ def check_weights(weights: Any, n: int) -> None:
     if weights is None and n == 0:
         raise ValueError("the batch is empty: its mean gradient is not defined; give weights")
     if weights is not None and jnp.shape(weights) != (n,):
-        raise ValueError(f"weights must have the shape ({n},), not {jnp.shape(weights)}")
+        hint = "; positions are left out by the loss, SoftmaxCrossEntropy(ignore_index=...)"
+        raise ValueError(
+            f"weights must have the shape ({n},), not {jnp.shape(weights)}"
+            + hint * (jnp.shape(weights)[:1] == (n,))
+        )
 
 
 def deltas(bp: Backprop) -> OrderedDict[str, Any]:

@@ -23,9 +23,15 @@ def accuracy(outputs: Array, y: Array) -> Array:
             where a place that the loss ignores counts as wrong.
 
     Raises:
-        ValueError: targets of another shape; so do the others.
+        ValueError: targets of another shape; so do the others. A single output, which is always the
+            largest.
     """
     _check(outputs, y)
+    if outputs.shape[-1] == 1:
+        raise ValueError(
+            f"accuracy: of outputs {outputs.shape} the only one is always the largest; "
+            "binary_accuracy is for one output of two classes"
+        )
     labels = jnp.argmax(y, axis=-1) if y.shape == outputs.shape else y
     _same("accuracy", outputs.shape[:-1], labels.shape)
     return _mean(jnp.argmax(outputs, axis=-1).astype("int32") == labels.astype("int32"))

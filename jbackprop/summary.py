@@ -53,7 +53,12 @@ def summary(net: Node, x_shape: tuple[int, ...] | None = None, *, x: Any = None)
         number[path] = number.get(path, 0) + 1
     outputs = {}
     if x_shape is not None:
-        x = jax.ShapeDtypeStruct((1, *shape_of(x_shape, "x_shape")), jnp.result_type(float))
+        try:
+            shape = shape_of(x_shape, "x_shape")
+        except (TypeError, ValueError) as error:
+            error.add_note("for several inputs, or for tokens, give x=, a mini-batch")
+            raise
+        x = jax.ShapeDtypeStruct((1, *shape), jnp.result_type(float))
     if x is not None:
         try:
             outputs = jax.eval_shape(functools.partial(activations, net), params, x)
@@ -68,9 +73,9 @@ def summary(net: Node, x_shape: tuple[int, ...] | None = None, *, x: Any = None)
             f"{suffix(where).removeprefix('.')} {leaf.shape}" for where, leaf in named
         )
         output = outputs.get(shown[path])
-        shape = "" if output is None else _shapes(output)
+        seen = "" if output is None else _shapes(output)
         times = f" x {number[path]}" if number[path] > 1 else ""
-        rows.append((path, repr(layer) + times, shape, shapes, f"{count(own):,}" if named else ""))
+        rows.append((path, repr(layer) + times, seen, shapes, f"{count(own):,}" if named else ""))
     rows.append(("total", "", "", "", f"{count(params):,}"))
     columns = ["layer", "", "output", "parameters", ">number"]
     return render(columns, rows)

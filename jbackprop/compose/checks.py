@@ -50,5 +50,11 @@ def check_widths(net: str, name: str, widths: Sequence[int], least: int = 1) -> 
 
 
 def _no_layer(part: Any) -> str:
-    hint = "; make an instance: add ()" if isinstance(part, type) else ""
+    hint = ""
+    if isinstance(part, type):
+        hint = "; make an instance: add ()"
+    elif isinstance(part, list | tuple):
+        hint = "; hand its layers over one by one: add * in front"
+    elif callable(part):
+        hint = "; with its derivative a function of units is one: Activation(f, derivative)"
     return f"{part!r}, which is no layer{hint}"

@@ -19,8 +19,9 @@ class Frozen(Composite):
     """The layer inside, without gradients of its own; the delta passes through it as ever.
 
     Its gradients are zeros (of the kind `Nothing`), so that no question about the gradient counts
-    it; `jax.grad` of the forward sweep gives zeros, too. Weight decay would still change its
-    parameters: hand `trainable_mask` to `optax.masked`.
+    it; `jax.grad` of the forward sweep gives zeros, too. `fit` leaves its parameters as they are.
+    In a loop of one's own weight decay would still change them: hand `trainable_mask` to
+    `optax.masked`.
 
     Params: those of the layer inside.
 

@@ -44,10 +44,17 @@ def check_features(layer: Layer, x: Any, features: int, axes: int = 1) -> None:
     """Raise unless one example has `features` on its last axis, and at least so many axes."""
     check_floating(layer, x)
     if jnp.ndim(x) < axes or x.shape[-1] != features:
-        batch = "; a single example needs a batch axis: x[None]" if jnp.ndim(x) < axes else ""
+        hint = ""
+        if jnp.ndim(x) < axes:
+            hint = "; a single example needs a batch axis: x[None]"
+        elif features in x.shape:
+            hint = f"; are they on axis {x.shape.index(features) + 1} of x? Then move them: "
+            hint += f"jnp.moveaxis(x, {x.shape.index(features) + 1}, -1)"
+        elif features == 1:
+            hint = "; is there a single one, without an axis? Then give it one: x[..., None]"
         raise ValueError(
             f"{layer} needs {features} features on the last axis, but one example has the shape "
-            f"{x.shape}{batch}"
+            f"{x.shape}{hint}"
         )
 
 

@@ -229,7 +229,9 @@ class SoftmaxCrossEntropy(Canonical):
         if wrong.any():
             at = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
             place = ", ".join(map(str, at))
+            hint = "; two classes need two outputs, or SigmoidCrossEntropy one and y[..., None]"
             raise ValueError(
                 f"labels must be from 0 to {classes - 1}, one for each output of the network, but "
                 f"y[{place}] is {labels[at]}; {int(wrong.sum())} of {labels.size} are out of range"
+                + (hint if classes == 1 else "")
             )

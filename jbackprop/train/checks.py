@@ -191,7 +191,11 @@ def _array(leaf: Any) -> np.ndarray:
 def _check_finite(name: str, part: str, values: np.ndarray) -> None:
     if not jnp.issubdtype(values.dtype, jnp.inexact):
         if values.dtype.kind not in "iub":
-            raise TypeError(f"{name}: {part} has the dtype {values.dtype}, which is no number")
+            hint = f"; of classes by name: classes, {part} = np.unique({part}, return_inverse=True)"
+            raise TypeError(
+                f"{name}: {part} has the dtype {values.dtype}, which is no number"
+                + hint * (part == "y" and values.dtype.kind in "OSTU")
+            )
         return
     bad = ~np.isfinite(values.astype(np.float32) if values.dtype.itemsize < 4 else values)
     if bad.any():

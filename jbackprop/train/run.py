@@ -292,7 +292,9 @@ class Run:
 
     def _beyond(self, params: PyTree, opt_state: PyTree, x: Any, y: Any, key: Any) -> str:
         """Where it began, if not in the network."""
-        return "the optimizer's update: the gradient is finite"
+        eps = "; in float16 an eps of 1e-8, as Adam has, is 0: give it 1e-4"
+        narrow = any(v.dtype == jnp.float16 for v in jax.tree.leaves(params))
+        return "the optimizer's update: the gradient is finite" + eps * narrow
 
 
 def _all_finite(tree: PyTree) -> bool:

@@ -16,6 +16,7 @@ from jbackprop.factored import PyTree, weighted, wide_dtype
 from jbackprop.losses import Loss
 from jbackprop.objective import costs, value_grad_outputs
 from jbackprop.per_example.clipping import Scheme
+from jbackprop.structure import trainable_mask
 from jbackprop.sweep import Node
 from jbackprop.train.data import take
 from jbackprop.train.evaluation import Metric, measure
@@ -105,8 +106,13 @@ def ended(
     next_state: PyTree,
     means: dict[str, Array],
 ) -> tuple[PyTree, PyTree, dict[str, Array]]:
-    """What a step ends with: its update applied, or with "skip", if it is not finite, not."""
+    """What a step ends with: its update applied, or with "skip", if it is not finite, not.
+
+    What is frozen stays as it is, whatever weight decay would make of it.
+    """
+    learns = trainable_mask(task.net, params)
     new = optax.apply_updates(params, updates)
+    new = jax.tree.map(lambda own, after, before: after if own else before, learns, new, params)
     if task.nonfinite == "skip":
         fine = finite((means["loss"], grads, new))
         new, next_state = jax.tree.map(
