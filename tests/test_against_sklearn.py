@@ -11,6 +11,8 @@ from truth import relative
 
 import jbackprop as jb
 
+pytestmark = pytest.mark.newest
+
 ACTIVATIONS = {
     "identity": jb.Identity(),
     "logistic": jb.Sigmoid(),

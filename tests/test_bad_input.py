@@ -519,6 +519,7 @@ def every_frame():
     jax.config.update("jax_traceback_filtering", before)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(("table", "name"), GROUPS, ids=map("-".join, GROUPS))
 def test_every_generated_case_is_refused(table, name, every_frame):
     wrong = [found for found in map(refusal, GROUPS[table, name]) if found]

@@ -293,6 +293,7 @@ def test_at_a_kink_any_slope_between_is_right(truth, slope, verdict):
     assert not jb.check.gradient(lambda x: jnp.sum(jax.nn.relu(x)), x, candidate=away).ok
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_a_gradient_that_is_zero_by_nature(dtype):
     """The bias of an attention's keys shifts all scores of a query alike."""
@@ -311,6 +312,7 @@ def test_a_gradient_that_is_zero_by_nature(dtype):
     assert jb.check.gradient(fun, b, candidate=wrong).verdict == "wrong"
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e10])
 def test_the_tolerance_does_not_grow_with_the_values(scale):
     scale = np.float32(scale)
@@ -684,6 +686,7 @@ def test_a_broken_law_is_named(layer, broken):
     assert jb.check.layer(Plain(4, 3), (4,)).ok
 
 
+@pytest.mark.newest
 def test_a_layer_in_its_own_dtype_and_with_its_own_inputs(key):
     for dtype in ("float64", "float32", "bfloat16"):
         assert jb.check.layer(jb.Dense(4, 3), (2, 4), dtype=dtype).ok

@@ -8,6 +8,8 @@ from truth import relative
 
 import jbackprop as jb
 
+pytestmark = pytest.mark.newest
+
 
 def test_delta_norms_by_hand(key):
     net, loss = jb.mlp([3, 4, 2]), jb.SquaredError()

@@ -261,6 +261,7 @@ def test_odd_sizes(n, sizes, key):
     assert jb.check.network(net, jb.SquaredError(), net.init(key), x, y).ok
 
 
+@pytest.mark.newest
 def test_sixty_layers(key):
     """Of few different widths and activations, so that they compile in a bearable time."""
     widths, activations = [5, 17, 2] * 20, ([jb.Elu(), jb.Softsign(), jb.Gelu()] * 20)[:60]
@@ -560,6 +561,7 @@ def test_a_kind_kept_under_an_outer_vmap_says_so(params):
     assert_close(grads, jax.vmap(lambda p: truth(p, x, y)[1])(stack), 1e-11)
 
 
+@pytest.mark.newest
 def test_data_parallel_on_four_devices():
     """The batch sharded over four devices gives one device's numbers."""
     script = """
