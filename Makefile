@@ -23,7 +23,8 @@ types: $(VENV)/ready
 
 tests: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "not oldest"
-	XLA_FLAGS= $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup -m as_shipped
+	XLA_FLAGS= $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup -m as_shipped \
+		$$(grep -l as_shipped tests/test_*.py)
 
 # The oldest supported JAX: every layer and loss in float64, capture, the calls, the checker and training.
 tests-oldest: $(OLDEST)/ready
