@@ -98,7 +98,9 @@ def run(epochs: int, seed: int, output: Path, show: Any = print, quick: bool = F
     load = workload(SIZES, BATCH, "gelu", 0)
     contest = measure(load, seconds=0.5 if quick else 2.0)
     ours, cuts = next(
-        (row, ratio) for row, ratio in zip(contest, ratios(contest), strict=True) if row.kind == "ours"
+        (row, ratio)
+        for row, ratio in zip(contest, ratios(contest), strict=True)
+        if row.kind == "ours"
     )
     assert cuts is not None
     show(timetable(contest))

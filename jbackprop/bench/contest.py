@@ -139,9 +139,10 @@ def error_of(answer: tuple[Any, Any], truth: tuple[Any, Any]) -> float:
 
 def truth_of(load: Workload, person: Contestant, inputs: Any) -> tuple[Any, Any] | None:
     """The answer of this contestant in float64, as NumPy; None where there is no room for it."""
+    params, *data = inputs
+    args = (person.pack(params), *data)  # what is drawn here is drawn in float32
     with exactly():  # no matmul in less than it says
-        params, *data = _cast(inputs, np.float64)
-        args = (person.pack(params), *data)
+        args = _cast(args, np.float64)
         if person.jit:
             compiled: Any = jax.jit(person.function).lower(*args).compile()
             stated = compiled.memory_analysis()
