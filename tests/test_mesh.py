@@ -13,11 +13,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from conftest import QUICK
 
 from jbackprop import mesh
 
 pytestmark = pytest.mark.xdist_group("mesh")
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS = f"{QUICK} --xla_force_host_platform_device_count=8"
 EXPLICIT = ["explicit"] if mesh.EXPLICIT else []
 EXACT = 1e-12
 
