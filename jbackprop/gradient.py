@@ -174,6 +174,13 @@ def check_net(net: Any) -> None:
     """Raise unless it is a network."""
     if not isinstance(net, Node):
         raise no_layer(net)
+    try:
+        hash(net)
+    except TypeError as error:
+        raise TypeError(
+            f"{net} has no hash ({error}), but a layer is a frozen dataclass that holds no arrays: "
+            "they belong into its params, or numbers that never change into a tuple"
+        ) from error
 
 
 def check_loss(loss: Any, what: str = "loss") -> None:

@@ -378,7 +378,10 @@ def _layer_forward(layer: Layer, params: PyTree, x: Any, keys: Array | None) -> 
     rule = jax.vmap(
         layer.forward, in_axes=(None, 0, None if keys is None else 0), axis_name=BATCH_AXIS
     )
-    return rule(params, x, keys)
+    found = rule(params, x, keys)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise TypeError(f"{layer}: forward must give two, y and what is saved: return y, None")
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -386,7 +389,17 @@ def _layer_backward(
     layer: Layer, params: PyTree, carry: PyTree, trace: Trace, delta: Any
 ) -> tuple[Any, PyTree]:
     rule = jax.vmap(layer.backward, in_axes=(None, 0, 0), axis_name=BATCH_AXIS)
-    delta_x, factored = as_told(layer, params, rule(carry, trace, delta))
+    try:
+        found = rule(carry, trace, delta)
+    except (AttributeError, TypeError) as error:
+        absent = [name for name in ("x", "y") if name not in layer.reads]
+        if "NoneType" in str(error) and absent:
+            error.add_note(
+                f"{layer} reads {tuple(layer.reads)}, and of the trace no more is kept: "
+                f"{' and '.join(absent)} may be None. What backward uses, `reads` has to name"
+            )
+        raise
+    delta_x, factored = as_told(layer, params, found)
     shapes = jax.tree.map(jax.numpy.shape, (trace.x, delta_x))
     due = jax.tree.map(_shape_of_delta, trace.x)
     if trace.x is not None and delta_x is not None and due != shapes[1]:

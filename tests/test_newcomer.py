@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -155,3 +156,77 @@ def test_grey_images_get_an_axis() -> None:
     with pytest.raises(ValueError, match=r"give it one: x\[\.\.\., None\]"):
         jb.forward(conv, params, x)
     jb.forward(conv, params, x[..., None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Gains(jb.Layer):
+    """The README's, with one thing forgotten in each of those below."""
+
+    reads = ("x",)
+
+    def init(self, key: Any) -> Any:
+        return jnp.ones(4)
+
+    def forward(self, g: Any, x: Any, key: Any = None) -> Any:
+        return g * x, None
+
+    def backward(self, g: Any, trace: Any, delta: Any) -> Any:
+        return delta * g, jb.Scale.of(trace.x, delta)
+
+
+class ReadsNothing(Gains):
+    reads = ()
+
+
+class UsesNone(ReadsNothing):
+    def backward(self, g: Any, trace: Any, delta: Any) -> Any:
+        return delta * g, jb.Scale.of(trace.x * 1.0, delta)
+
+
+class SavesNothing(Gains):
+    def forward(self, g: Any, x: Any, key: Any = None) -> Any:
+        return g * x
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_a_forward_that_saves_nothing_says_so(n) -> None:
+    """Also of two examples, which could be taken for the two."""
+    with pytest.raises(TypeError, match="must give two, y and what is saved: return y, None"):
+        jb.forward(SavesNothing(), jnp.ones(4), jnp.ones((n, 4)))
+
+
+@pytest.mark.parametrize("layer", [ReadsNothing(), UsesNone()])
+def test_what_backward_uses_is_to_be_named(layer) -> None:
+    x = jnp.ones((5, 4))
+    with pytest.raises((AttributeError, TypeError), match="NoneType") as error:
+        jb.backprop(layer, jb.SquaredError(), jnp.ones(4), x, x)
+    assert "x and y may be None. What backward uses, `reads` has" in "".join(error.value.__notes__)
+    jb.backprop(Gains(), jb.SquaredError(), jnp.ones(4), x, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Holds(Gains):
+    a: Any = None
+
+
+@dataclasses.dataclass(eq=True)
+class NotFrozen(jb.Layer):
+    p: int = 4
+
+    def init(self, key: Any) -> Any:
+        return ()
+
+    def forward(self, params: Any, x: Any, key: Any = None) -> Any:
+        return x, None
+
+    def backward(self, params: Any, trace: Any, delta: Any) -> Any:
+        return delta, ()
+
+
+@pytest.mark.parametrize("layer", [Holds(jnp.ones(4)), NotFrozen()])
+def test_a_layer_is_frozen_and_holds_no_arrays(layer) -> None:
+    net, x = jb.Sequential(layer, jb.Dense(4, 4)), jnp.ones((5, 4))
+    params = (jnp.ones(4), jb.Dense(4, 4).init(jax.random.key(0)))
+    for call in (jb.backprop, lambda net, loss, *at: jb.value_and_grad(net, loss)(*at)):
+        with pytest.raises(TypeError, match="a frozen dataclass that holds no arrays"):
+            call(net, jb.SquaredError(), params, x, x)
