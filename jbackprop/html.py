@@ -44,8 +44,10 @@ figcaption { color: var(--dim); font-size: .88rem; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; }
 code, pre { font: .84rem/1.4 ui-monospace, monospace; background: var(--soft); }
-table.mid td { vertical-align: middle; line-height: 1.25; padding: .3rem .6rem .3rem 0; }
-td .name { white-space: normal; max-width: 15rem; overflow-wrap: anywhere; }
+table.mid td { vertical-align: middle; line-height: 1.25; padding: .3rem .5rem .3rem 0; }
+table.mid th { padding-right: .5rem; }
+td .name { white-space: normal; width: max-content; min-width: 8rem; max-width: 12.5rem;
+           overflow-wrap: break-word; }
 td svg { display: block; }
 td small, th small { color: var(--dim); font-size: .74rem; font-weight: 400; }
 .strong { font-weight: 600; }
@@ -81,10 +83,11 @@ td small, th small { color: var(--dim); font-size: .74rem; font-weight: 400; }
              white-space: pre-wrap; border-radius: .2rem; }
 .cards pre b { font-weight: 400; float: right; color: var(--dim); }
 footer { color: var(--dim); font-size: .8rem; margin: 3rem 0 1rem; }
-@media print { body { max-width: none; margin: 0; font-size: 11px; } h2 { break-after: avoid; }
-  figure, tr, .facts li { break-inside: avoid; } thead { display: table-header-group; }
-  .wide { overflow: visible; } .tiles div, .facts .bad { print-color-adjust: exact;
-  -webkit-print-color-adjust: exact; } th, td { padding-right: .4rem; } }
+@media print { html { font-size: 10.5px; } body { font-size: 1rem; max-width: none; margin: 0; }
+  h2, .note { break-after: avoid; } figure, tr, .pair section, .facts li { break-inside: avoid; }
+  thead { display: table-header-group; } .wide { overflow: visible; }
+  .pair { grid-template-columns: 1fr 1fr; column-gap: 1.2rem; } th, td { padding-right: .3rem; }
+  .tiles div, .facts .bad { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 
 
@@ -268,7 +271,7 @@ def bars(
     *,
     start: int = 0,
     of: int | None = None,
-    size: tuple[int, int] = (120, 26),
+    size: tuple[int, int] = (104, 26),
     colour: str = BLUE,
 ) -> Markup:
     """A histogram as small as a word, for a cell of a table.

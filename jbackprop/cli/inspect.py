@@ -160,10 +160,10 @@ def run_inspect(args: argparse.Namespace) -> int:
     seen = measure(
         subject.net, subject.loss, subject.params, x, y, before=subject.before, shown=args.shown
     )
-    name = args.model.name if args.model else "a network"
+    name = args.model.name if args.model else "A network"
     some = f"{len(rows):,} of {len(data.x):,} rows" if len(rows) < len(data.x) else "all rows"
     about = f"{data.name}, {some}, {data.x.shape[1]} features. {subject.about}"
-    showing = Showing(data.x[rows], image, None, (), subject.classes, subject.units)
+    showing = Showing(data.x[rows], image, None, (), subject.classes, subject.units, rows)
     lines = facts(seen, history)
     html.write(args.out, page(seen, y, showing, f"{name} on {data.name}", about, history))
     for fact in lines:

@@ -32,6 +32,7 @@ class Showing:
         features: names of the features; () for none.
         classes: names of the classes; () for none.
         units: the targets' offset and scale, (q,) each: shown is offset + scale * target.
+        numbers: (n,), what the examples are called; None for their own numbers, from 0.
     """
 
     raw: Any
@@ -40,6 +41,7 @@ class Showing:
     features: tuple[str, ...]
     classes: tuple[str, ...]
     units: tuple[Any, Any] | None
+    numbers: Any = None
 
 
 def image_shape_of(raw: Any, given: Any) -> tuple[int, ...] | None:
@@ -78,7 +80,8 @@ def gallery(seen: Inspection, y: Any, showing: Showing, rows: Sequence[int]) -> 
     shown = _Shown(showing, np.concatenate([seen.largest, seen.smallest]))
     items = []
     for row in map(int, rows):
-        lines = [f"<small>example {row:,}</small>", _verdict(seen, y, showing, row)]
+        called = row if showing.numbers is None else int(showing.numbers[row])
+        lines = [f"<small>example {called:,}</small>", _verdict(seen, y, showing, row)]
         if seen.norms is not None:
             share = (finite[row] / scale) ** 2 / total
             of_all = f"{100 * share:.2g} %" if share >= 1e-4 else "&lt; 0.01 %"

@@ -73,8 +73,8 @@ def _guessing(seen: Inspection) -> Iterator[Fact]:
     if len(share) > 1 and cost >= 0.98 * entropy and not seen.loss.label_smoothing:
         yield Fact(
             "look",
-            f"The mean cost {number(cost)} is no better than that of guessing by how frequent the "
-            f"classes are, {number(entropy)}.",
+            f"The mean cost {number(cost)} is {'more than' if cost > 1.02 * entropy else 'about'} "
+            f"what it costs to know no more than how frequent the classes are, {number(entropy)}.",
         )
 
 

@@ -233,7 +233,7 @@ def _layers(seen: Inspection) -> str:
             counts = d.counts[max(-start, 0) :]
             row += [
                 html.bars(counts, f"{l.path}, size of the deltas: {low} to {high}",
-                          start=max(start, 0), of=bins, size=(130, 26), colour=html.GREEN),
+                          start=max(start, 0), of=bins, size=(110, 26), colour=html.GREEN),
                 *_moments(d),
             ]  # fmt: skip
         units = l.units
