@@ -53,6 +53,7 @@ from jbackprop.gradient import as_function as as_function
 from jbackprop.gradient import backprop as backprop
 from jbackprop.gradient import deltas as deltas
 from jbackprop.gradient import gradient as gradient
+from jbackprop.inspect import inspect as inspect
 from jbackprop.layers import GRU as GRU
 from jbackprop.layers import LSTM as LSTM
 from jbackprop.layers import RNN as RNN

@@ -116,10 +116,10 @@ def test_whole_numbers_stay_numbers_for_real_losses(tmp_path):
     data = datasets.load(str(path))
     assert data.classes == ("10", "20", "40")
     np.testing.assert_array_equal(data.values[:3], [[10], [20], [40]])
-    y, outputs = cli._targets(data, jb.PoissonNLL())
+    y, outputs = cli.train.targets_of(data, jb.PoissonNLL())
     assert outputs == 1
     np.testing.assert_array_equal(y[:3], [[10], [20], [40]])
-    assert cli._targets(data, jb.SoftmaxCrossEntropy())[0].tolist()[:3] == [0, 1, 2]
+    assert cli.train.targets_of(data, jb.SoftmaxCrossEntropy())[0].tolist()[:3] == [0, 1, 2]
 
 
 def test_large_features_keep_their_differences(tmp_path):

@@ -160,6 +160,9 @@ def roofline(run: Run) -> Any:
     left, right = ax.get_xlim()
     x = [left, matmul / stream, max(right, 2 * matmul / stream)]
     ax.loglog(x, [min(matmul, v * stream) / 1e9 for v in x], color="#333333", linewidth=1.2)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     ax.set_xlabel("FLOPs on paper / byte")
     ax.set_ylabel("GFLOP/s")
     ax.grid(True, color="#eeeeee")

@@ -16,7 +16,7 @@ import optax
 from jbackprop import datasets, html, losses
 from jbackprop.cli.output import print_json, say_of
 from jbackprop.cli.parsed import positive, rate, sizes
-from jbackprop.cli.train import ACTIVATIONS, LOSSES, _metrics, _targets
+from jbackprop.cli.train import ACTIVATIONS, LOSSES, metrics_of, targets_of
 from jbackprop.compose import mlp
 from jbackprop.diagnose.pictures import figure
 from jbackprop.factored import PyTree
@@ -181,7 +181,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 def _made(args: argparse.Namespace, data: datasets.Dataset) -> _Subject:
     """A multilayer perceptron, fresh or trained first."""
     loss = LOSSES[args.loss or ("softmax" if data.classes else "squared")]
-    y, outputs = _targets(data, loss)
+    y, outputs = targets_of(data, loss)
     parts = [np.arange(len(y)), np.arange(0)]
     if args.train:
         parts = datasets.split(len(y), (0.2,), args.seed)
@@ -211,7 +211,7 @@ def _made(args: argparse.Namespace, data: datasets.Dataset) -> _Subject:
         batch_size=min(32, len(train[0])),
         key=jax.random.key(args.seed + 1),
         validation=validation,
-        metrics=_metrics(loss, np.ones(outputs) if units is None else units[1]),
+        metrics=metrics_of(loss, np.ones(outputs) if units is None else units[1]),
         progress=False if args.json else None,
     )
     about = f"Trained on {len(train[0]):,} of all rows for {args.train:,} epochs."
@@ -231,7 +231,7 @@ def _saved(args: argparse.Namespace, data: datasets.Dataset) -> _Subject:
     if loss is None:
         raise ValueError(f"{args.model} was saved without a loss: give one by --loss")
     notes = saved.notes if isinstance(saved.notes, dict) else {}
-    y, outputs = _targets(data, loss)
+    y, outputs = targets_of(data, loss)
     labelled = isinstance(loss, losses.SoftmaxCrossEntropy | losses.SigmoidCrossEntropy)
     classes = data.classes if labelled else ()
     if labelled and notes.get("classes"):

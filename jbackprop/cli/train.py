@@ -126,7 +126,7 @@ def run_train(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"--save {args.save}: there is no folder {args.save.parent}")
     data = datasets.load(args.data, args.target)
     loss = LOSSES[args.loss or ("softmax" if data.classes else "squared")]
-    y, outputs = _targets(data, loss)
+    y, outputs = targets_of(data, loss)
     parts = datasets.split(len(data.x), args.shares, args.seed)
     if min(map(len, parts)) == 0:
         raise ValueError(f"{data.name}: {len(data.x)} rows are too few for shares {args.shares}")
@@ -153,7 +153,7 @@ def run_train(args: argparse.Namespace) -> int:
     if standardised:
         say("\nthe targets are standardised: the loss is in units of their variance, ", end="")
         say("the absolute error in their own")
-    measures = _metrics(loss, y_scale)
+    measures = metrics_of(loss, y_scale)
     start = time.perf_counter()
     learnt = fit(
         net,
@@ -206,7 +206,7 @@ def _logger(path: Path, checkpoints: Path | None) -> Callable[[Any], None]:
     return kinds[path.suffix](path, overwrite=checkpoints is not None)
 
 
-def _targets(data: datasets.Dataset, loss: losses.Loss) -> tuple[np.ndarray, int]:
+def targets_of(data: datasets.Dataset, loss: losses.Loss) -> tuple[np.ndarray, int]:
     """Targets as the loss wants them, and how many outputs that needs."""
     if isinstance(loss, losses.SoftmaxCrossEntropy):
         if data.labels is None:
@@ -223,7 +223,8 @@ def _targets(data: datasets.Dataset, loss: losses.Loss) -> tuple[np.ndarray, int
     return data.values, data.values.shape[1]
 
 
-def _metrics(loss: losses.Loss, scale: np.ndarray) -> dict[str, Any]:
+def metrics_of(loss: losses.Loss, scale: np.ndarray) -> dict[str, Any]:
+    """What is measured beside the loss; errors in the units of the targets as they came."""
     if isinstance(loss, losses.SoftmaxCrossEntropy):
         return {"accuracy": metrics.accuracy}
     if isinstance(loss, losses.SigmoidCrossEntropy):
