@@ -574,6 +574,7 @@ ELSEWHERE = {
         "sharding.specs_like", "sharding.paths", "sharding.check_mesh",
     },
     "test_private.py": {"Private"},
+    "test_inspect.py": {"inspect"},
     "test_loggers.py": {"CSVLogger", "JSONLinesLogger", "TensorBoardLogger"},
     "test_saved.py": {"save", "load"},
 }  # fmt: skip
