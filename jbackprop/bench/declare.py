@@ -57,6 +57,18 @@ def peer(name: str, kind: str, module: str, make: Callable[[], Contestant]) -> C
     return dataclasses.replace(make(), name=name, kind=kind)
 
 
+def one_of_each_kind(load: Workload) -> Workload:
+    """The same workload with the first contestant of each kind alone."""
+
+    def few() -> list[Contestant | Absent]:
+        firsts: dict[str, Contestant | Absent] = {}
+        for person in load.contestants():
+            firsts.setdefault(person.kind, person)
+        return [p for kind, p in firsts.items() if kind != "variant"]
+
+    return dataclasses.replace(load, contestants=few)
+
+
 @dataclasses.dataclass(frozen=True)
 class Outside:
     """Contestants in a process of their own: a script of `jbackprop.bench.peers`, and its task."""

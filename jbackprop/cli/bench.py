@@ -10,6 +10,7 @@ from typing import Any
 
 from jbackprop.bench import report
 from jbackprop.bench.comparison import compare, table
+from jbackprop.bench.declare import one_of_each_kind
 from jbackprop.bench.results import Run
 from jbackprop.bench.run import SECONDS, run
 from jbackprop.bench.suite import WORKLOADS
@@ -38,7 +39,9 @@ def add(commands: Any) -> None:
         "--out gets results.json, report.html and charts as PNG.",
     )
     level = benches.add_mutually_exclusive_group()
-    level.add_argument("--quick", action="store_true", help="a few workloads, for a moment each")
+    level.add_argument(
+        "--quick", action="store_true", help="a few workloads, and one contestant of each kind"
+    )
     level.add_argument("--full", action="store_true", help="all of them, and how cost grows: hours")
     benches.add_argument("--only", metavar="TEXT", default="", help="workloads that contain TEXT")
     benches.add_argument("--list", action="store_true", help="print the workloads, and stop")
@@ -80,6 +83,8 @@ def run_bench(args: argparse.Namespace) -> int:
         names = ("--quick", "", "--full")
         print(render(columns, [(load.name, load.question, names[load.level]) for load in loads]))
         return 0
+    if args.quick:
+        loads = [one_of_each_kind(load) for load in loads]
     seconds = args.seconds or SECONDS[QUICK if args.quick else USUAL]
     # starting those outside and compiling there takes longer than all of the quick run
     python = None if args.no_peers or (args.quick and not args.peers) else args.peers
