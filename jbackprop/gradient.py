@@ -370,7 +370,9 @@ def deltas(bp: Backprop) -> OrderedDict[str, Any]:
         TypeError: what `backprop` did not give.
     """
     if not isinstance(bp, Backprop):
-        raise TypeError(f"deltas takes what backprop gives, not {type(bp).__name__}")
+        raise TypeError(
+            f"deltas takes what backprop gives, not {type(bp).__name__}: nothing else keeps them"
+        )
     return deltas_of(bp.net, bp.kept)
 
 

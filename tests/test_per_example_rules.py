@@ -1,7 +1,10 @@
 """Questions about single examples of every rule in the table, against vmap(jax.grad)."""
 
+import inspect
 import itertools
+import re
 from collections import OrderedDict
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +126,17 @@ def truth(case, each, vectors, weights):
         "scale": scale(np.sum(g**2, axis=1), mean @ mean),
         "gram": g @ g.T,
     }  # fmt: skip
+
+
+@pytest.mark.newest
+def test_every_question_that_there_is_is_asked():
+    here = Path(__file__).parent
+    text = "".join(
+        (here / f"{name}.py").read_text() for name in ("test_per_example", Path(__file__).stem)
+    )
+    names = [name for name, value in vars(pe).items() if inspect.isfunction(value)]
+    assert len(names) > 10
+    assert not [name for name in names if not re.search(rf"\b(pe|per_example)\.{name}\b", text)]
 
 
 @pytest.mark.newest

@@ -58,7 +58,8 @@ class Process:
 
     def __enter__(self) -> Process:
         while (line := self._line()) and line != "ready":
-            self.entered.append(json.loads(line))
+            if line.startswith("{"):  # what else a peer prints is not for us
+                self.entered.append(json.loads(line))
         if not line:
             self._process.wait()
             self._said.seek(0)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from jbackprop.bench import report
 from jbackprop.bench.charts import charts
-from jbackprop.bench.contest import measure
+from jbackprop.bench.contest import Row, measure
 from jbackprop.bench.declare import Workload
 from jbackprop.bench.machine import ceilings, describe
 from jbackprop.bench.results import Run
@@ -54,7 +54,11 @@ def run(
     start = time.perf_counter()
     bar = tqdm(loads, unit="workload", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     for load in bar:
-        rows = measure(load, seconds, python, peaks, functools.partial(_tell, bar, load.name))
+        try:
+            rows = measure(load, seconds, python, peaks, functools.partial(_tell, bar, load.name))
+        except Exception as error:  # such as a peer that dies: the other workloads go on
+            note = f"{type(error).__name__}: {error}"[:60]
+            rows = [Row(load.name, load.family, load.question, "everybody", "", note=note)]
         begun = dataclasses.replace(begun, rows=(*begun.rows, *rows))
         alone = dataclasses.replace(begun, rows=tuple(rows))
         with tqdm.external_write_mode():

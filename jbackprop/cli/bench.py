@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
         epilog="examples:\n"
         "  jbackprop bench --quick                      under two minutes\n"
         "  jbackprop bench --only lstm --out output/lstm\n"
-        "  jbackprop bench --full --peers peers/bin/python\n"
+        "  jbackprop bench --full --peaks --peers peers/bin/python\n"
         "  jbackprop bench compare before.json after.json\n\n"
         "--out gets results.json, report.html and charts as PNG.",
     )
@@ -58,6 +58,10 @@ def add(commands: Any) -> None:
         "scikit-learn, which run in a process of their own; default: this one",
     )  # fmt: skip
     benches.add_argument("--no-peers", action="store_true", help="nobody in a process of their own")
+    benches.add_argument(
+        "--peaks", action="store_true", help="also start a process for each of the main "
+        "contestants, to see how much memory one takes at most",
+    )  # fmt: skip
     benches.add_argument("--json", action="store_true", help="print JSON on standard output")
     benches.set_defaults(run=run_bench)
     what = benches.add_subparsers(dest="what", metavar="compare")
@@ -90,7 +94,7 @@ def run_bench(args: argparse.Namespace) -> int:
     python = None if args.no_peers or (args.quick and not args.peers) else args.peers
     if python is None and not (args.no_peers or args.quick):
         python = sys.executable
-    done = run(loads, seconds, args.out, python, not args.quick, say_of(args))
+    done = run(loads, seconds, args.out, python, args.peaks, say_of(args))
     if args.json:
         print_json(dataclasses.asdict(done))
     else:
