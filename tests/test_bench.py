@@ -23,9 +23,17 @@ from jbackprop.bench.contest import (
     gap,
     in_turns,
     measure,
+    tolerance_of,
     truth_of,
 )
-from jbackprop.bench.declare import Absent, Contestant, Outside, Workload, peer
+from jbackprop.bench.declare import (
+    Absent,
+    Contestant,
+    Outside,
+    Workload,
+    one_of_each_kind,
+    peer,
+)
 from jbackprop.bench.machine import ceilings, describe
 from jbackprop.bench.outside import Process
 from jbackprop.bench.results import Run, best, growth, ratios
@@ -355,6 +363,7 @@ assert arrays["params/0/w"].shape == arrays["wanted/0/w"].shape == (64, 32)
 print(json.dumps({"contestant": "there", "kind": "torch", "error": 1e-6, "first": 0.1}), flush=True)
 print(json.dumps({"contestant": "wrong", "kind": "torch", "error": 0.5}), flush=True)
 print(json.dumps({"contestant": "not there", "kind": "torch", "note": "no such thing"}), flush=True)
+print("a warning of somebody's", flush=True)
 print("ready", flush=True)
 for line in sys.stdin:
     name, calls = line.rstrip().split("\\t")
@@ -425,3 +434,32 @@ def test_a_workload_needs_no_file(tmp_path):
     )  # fmt: skip
     rows = measure(mine, 0.01)
     assert [r.error for r in rows] == [0, 0]
+
+
+def test_the_quick_run_has_one_contestant_of_each_kind():
+    load = only("deep, 32 x (Dense, tanh)")
+    kinds = [p.kind for p in one_of_each_kind(load).contestants()]
+    assert len(set(kinds)) == len(kinds) < len(load.contestants())
+    assert {"plain", "ours", "idiomatic", "tuned"} <= set(kinds)
+    assert "variant" not in kinds
+
+
+def test_a_workload_that_fails_costs_a_row_and_not_the_run(tmp_path):
+    def lost():
+        raise OSError("the data are gone")
+
+    good = fast(only("mlp, 64-32x30"), ("plain", "ours"))
+    bad = dataclasses.replace(good, name="bad", data=lost)
+    done = run([bad, good], 0.01, tmp_path, show=lambda _: None)
+    assert done.rows[0].note == "OSError: the data are gone"
+    assert [r.workload for r in done.rows if r.samples] == [good.name, good.name]
+    assert "the data are gone" in (tmp_path / "report.html").read_text()
+
+
+def test_tolerances_follow_the_precision(monkeypatch):
+    load = only("mlp, 64-32x30")
+    assert tolerance_of(load) == load.tolerance
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert tolerance_of(load) == 100 * load.tolerance
+    with jax.default_matmul_precision("highest"):
+        assert tolerance_of(load) == load.tolerance

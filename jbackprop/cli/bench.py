@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jbackprop.bench import report
 from jbackprop.bench.comparison import compare, table
 from jbackprop.bench.declare import one_of_each_kind
@@ -59,6 +61,10 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     benches.add_argument("--no-peers", action="store_true", help="nobody in a process of their own")
     benches.add_argument(
+        "--precision", choices=("highest", "default"), default="highest",
+        help="of float32 matmuls; default lets accelerators use TF32 or bfloat16",
+    )  # fmt: skip
+    benches.add_argument(
         "--peaks", action="store_true", help="also start a process for each of the main "
         "contestants, to see how much memory one takes at most",
     )  # fmt: skip
@@ -94,7 +100,9 @@ def run_bench(args: argparse.Namespace) -> int:
     python = None if args.no_peers or (args.quick and not args.peers) else args.peers
     if python is None and not (args.no_peers or args.quick):
         python = sys.executable
-    done = run(loads, seconds, args.out, python, args.peaks, say_of(args))
+    precision = None if args.precision == "default" else args.precision
+    with jax.default_matmul_precision(precision):
+        done = run(loads, seconds, args.out, python, args.peaks, say_of(args))
     if args.json:
         print_json(dataclasses.asdict(done))
     else:
