@@ -267,8 +267,7 @@ EQUIVALENT: dict[str, list[str]] = {
         "Outer.total: v.reshape(rows, v.shape[3]).astype(dtype) -> v.reshape(rows, v.shape[3])",
     ],
     "what carries the delta has the structure of params": [
-        "_layer_backward: as_told(layer, params, rule(carry, trace, delta))"
-        " -> as_told(layer, carry, rule(carry, trace, delta))",
+        "_layer_backward: as_told(layer, params, found) -> as_told(layer, carry, found)",
     ],
     "a square": ["BatchNorm.statistics: x - m -> m - x"],
     "equal once in 2^32 draws": [
