@@ -226,6 +226,7 @@ def _enter(
         found = jax.block_until_ready(function(*args))
         row = dataclasses.replace(row, first=time.perf_counter() - start)
         own = truth_of(load, person, inputs) if person.own_truth else truth
+        own = None if person.drawn else own
         if own is not None:
             row = dataclasses.replace(row, error=error_of(answered(load, person, found), own))
             _agrees(load, row.error)
@@ -294,7 +295,8 @@ def measure(
         tell("float64")
         usable = [p for p in people if isinstance(p, Contestant) and not p.own_truth]
         candidates = [reference, *(p for p in usable if p.kind not in ("ours", "variant"))]
-        truths = (truth_of(load, p, inputs) for p in candidates if not p.own_truth)
+        candidates = [p for p in candidates if not (p.own_truth or p.drawn)]
+        truths = (truth_of(load, p, inputs) for p in candidates)
         truth = next((t for t in truths if t is not None), None)
         unit = load.unit or reference
         if load.unit is not None:

@@ -30,6 +30,7 @@ class Contestant:
             what the compiler would say of it is not known.
         own_truth: its answer is another than everybody's, by definition: it is compared with itself
             in float64.
+        drawn: its answer is drawn at random, in each dtype another: there is nothing to compare.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Contestant:
     unpack: Callable[[Any], Any] = same
     jit: bool = True
     own_truth: bool = False
+    drawn: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

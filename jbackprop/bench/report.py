@@ -125,7 +125,7 @@ def verdict_lines(run: Run) -> list[tuple[str, ...]]:
         ours = best(rows, ["ours"])
         if ours is None:
             continue
-        others = [r for r in rows if r.kind not in ("ours", "variant", "rule") and not r.unit]
+        others = [r for r in rows if r.kind not in NOT_OTHERS and not r.unit]
         rival = best(others, list({r.kind for r in others}))
         unit = next((r for r in rows if r.unit), None)
         ratio, against = by_row[ours], by_row.get(rival) if rival else None
@@ -138,6 +138,9 @@ def verdict_lines(run: Run) -> list[tuple[str, ...]]:
         found.append((load, ours.contestant, quick, lean, beside, _word(ratio)))
     return found
 
+
+NOT_OTHERS = ("ours", "variant", "rule", "gradient")
+"""What is ours, and what is a peer's own plain gradient where more was asked."""
 
 VERDICTS = ("workload", "ours", ">time / unit", ">temp / unit", "fastest of the others", "")
 

@@ -188,7 +188,7 @@ class Peers:
             yield "PyTorch, eager", "torch", functools.partial(make, False)
             yield "torch.compile", "torch.compile", functools.partial(make, True)
             return
-        yield "PyTorch, eager gradient", "torch", functools.partial(self.gradient, False)
+        yield "PyTorch, eager gradient", "gradient", functools.partial(self.gradient, False)
         if question in ("norms", "clipped sum", "variance"):
             name = "Opacus, GradSampleModule"
             yield name, "opacus", functools.partial(self.opacus, question)
