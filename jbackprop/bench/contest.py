@@ -345,6 +345,8 @@ def in_turns(
 ) -> list[tuple[float | None, ...]]:
     """Samples of everybody, round by round: seconds of one call, None in rounds without.
 
+    Before each sample there is a call that is not timed.
+
     Args:
         runs: each a function from a number of calls to the seconds that they took.
         seconds: that the samples of one may take altogether, about.
@@ -361,8 +363,11 @@ def in_turns(
     drawn = np.random.default_rng(0)
     for number in range(rounds):
         for i in drawn.permutation(len(runs)):
-            taking_part = number % every[i] == 0
-            samples[i].append(runs[i](calls[i]) / calls[i] if taking_part else None)
+            if number % every[i]:
+                samples[i].append(None)
+            else:
+                runs[i](1)  # its memory and its code are in the caches again, as in a loop
+                samples[i].append(runs[i](calls[i]) / calls[i])
     return [tuple(each) for each in samples]
 
 
