@@ -317,7 +317,7 @@ def test_files_come_back_as_they_were(tmp_path):
     assert [r.contestant for r in after.rows] == ["plain", "ours", "gone"]
     for old, new in zip(before.rows, after.rows, strict=True):
         assert dataclasses.replace(old, samples=()) == dataclasses.replace(new, samples=())
-        assert np.allclose(old.samples, new.samples, rtol=1e-3)
+        assert np.allclose(old.samples, new.samples, rtol=5e-4, atol=0)  # four digits are saved
     assert not list(tmp_path.glob("*.part"))
     for text, message in (("{}", "not a file"), ("[1", "not a file"), ('{"format": 0}', "measure")):
         (tmp_path / "b.json").write_text(text)
