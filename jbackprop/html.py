@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import math
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterable, Sequence
 from html import escape
 from io import BytesIO, StringIO
@@ -16,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jbackprop.files import check_place, replacing
 
 BLUE, ORANGE, SKY, GREEN, GREY = "#0072b2", "#d55e00", "#7fbde4", "#2f8f78", "#8a8a85"
 """Of figures: told apart by those who see no red or no green (Okabe and Ito, 2008)."""
@@ -112,37 +111,22 @@ def check_path(path: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the name does not end in .html.
-        OSError: there is no such folder, or something that is no file, or it may not be written.
+        OSError: as `jbackprop.files.check_place`.
     """
-    file = Path(os.path.realpath(path))
-    if file.suffix not in (".html", ".htm"):
+    if Path(path).suffix not in (".html", ".htm"):
         raise ValueError(f"{path}: the name must end in .html")
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {file.parent}; make it first")
-    if file.exists() and not file.is_file():
-        raise IsADirectoryError(f"{path} is a folder or a device; give the name of a file")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise PermissionError(f"{path} may not be written")
+    check_place(path)
 
 
 def write(path: str | os.PathLike[str], text: str) -> None:
-    """Write a page, or leave the old one as it is: it goes to a temporary file first.
+    """Write a page, or leave the old one as it is.
 
     Raises:
         ValueError, OSError: as `check_path`; or the disk is full.
     """
     check_path(path)
-    file = Path(os.path.realpath(path))
-    temporary = file.with_name(f".{file.name[:60]}.{secrets.token_hex(6)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        if file.exists():
-            shutil.copymode(file, temporary)
-        os.replace(temporary, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def heading(text: str, level: int = 2) -> str:

@@ -36,7 +36,7 @@ from jbackprop.bench.declare import (
 )
 from jbackprop.bench.machine import ceilings, describe
 from jbackprop.bench.outside import Process
-from jbackprop.bench.results import Run, best, growth, ratios
+from jbackprop.bench.results import Run, best, growth, joined, ratios
 from jbackprop.bench.run import run
 from jbackprop.bench.suite import WORKLOADS, flops
 from jbackprop.bench.suite.mlp import contestants, named
@@ -318,7 +318,7 @@ def test_files_come_back_as_they_were(tmp_path):
     for old, new in zip(before.rows, after.rows, strict=True):
         assert dataclasses.replace(old, samples=()) == dataclasses.replace(new, samples=())
         assert np.allclose(old.samples, new.samples, rtol=5e-4, atol=0)  # four digits are saved
-    assert not list(tmp_path.glob("*.part"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     for text, message in (("{}", "not a file"), ("[1", "not a file"), ('{"format": 0}', "measure")):
         (tmp_path / "b.json").write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -465,3 +465,15 @@ def test_tolerances_follow_the_precision(monkeypatch):
     assert tolerance_of(load) == 100 * load.tolerance
     with jax.default_matmul_precision("highest"):
         assert tolerance_of(load) == load.tolerance
+
+
+def test_runs_of_one_machine_are_joined(tmp_path):
+    a = made(1, 0)
+    newer = dataclasses.replace(made(0.5, 1), ceilings={"matmul_flops": 2.0, "stream_bytes": 0.5})
+    other = dataclasses.replace(a, rows=tuple(dataclasses.replace(r, workload="v") for r in a.rows))
+    whole = joined([a, other, newer])
+    assert [r.workload for r in whole.rows] == ["w", "w", "v", "v"]
+    assert ratios(whole.rows)[1][1] == pytest.approx(0.5, rel=0.02)  # the last one counts
+    assert whole.ceilings == {"matmul_flops": 2.0, "stream_bytes": 1.0}
+    with pytest.raises(ValueError, match="differ in device, made up and another"):
+        joined([a, dataclasses.replace(a, machine={"device": "another"})])

@@ -13,7 +13,7 @@ import pytest
 from truth import relative
 
 import jbackprop as jb
-from jbackprop import datasets, html
+from jbackprop import datasets, files, html
 from jbackprop.cli import inspect as command
 from jbackprop.inspect import facts, inspect, measure
 from jbackprop.inspect.figures import extremes
@@ -368,7 +368,7 @@ def test_without_matplotlib(key, monkeypatch):
 def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "page.html"
     html.write(path, "old")
-    monkeypatch.setattr(html.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         html.write(path, "new")
     assert path.read_text() == "old"

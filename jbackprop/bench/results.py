@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jbackprop.bench.contest import Row, paired, quartiles
+from jbackprop.files import replacing
 
 FORMAT = 1
 
@@ -41,10 +42,9 @@ class Run:
                 fields["ratio"] = [round(v, 4) for v in ratio]
             rows.append({k: _plain(v) for k, v in fields.items()})
         told = {"format": FORMAT, "machine": self.machine, "ceilings": self.ceilings, "rows": rows}
-        temporary = path.with_name(path.name + ".part")
         lines = json.dumps(told, indent=1, allow_nan=False)
-        temporary.write_text(_short(lines) + "\n")
-        temporary.replace(path)
+        with replacing(path) as file:
+            file.write((_short(lines) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> Run:
@@ -66,6 +66,30 @@ class Run:
             return cls(told["machine"], told["ceilings"], rows)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a file that jbackprop bench has written") from error
+
+
+def joined(runs: Sequence[Run]) -> Run:
+    """Several runs of one machine as one: the machine's state of the first, the best ceilings.
+
+    Raises:
+        ValueError: they are not from the same machine.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        for key in ("device", "processor", "cores", "versions", "xla_flags"):
+            if run.machine.get(key) != first.machine.get(key):
+                raise ValueError(
+                    f"the runs are not from one machine: they differ in {key}, "
+                    f"{first.machine.get(key)} and {run.machine.get(key)}"
+                )
+    by_workload: dict[str, list[Row]] = {}
+    for run in runs:
+        own: dict[str, list[Row]] = {}
+        for row in run.rows:
+            own.setdefault(row.workload, []).append(row)
+        by_workload |= own
+    ceilings = {name: max(run.ceilings[name] for run in runs) for name in first.ceilings}
+    return Run(first.machine, ceilings, tuple(row for rows in by_workload.values() for row in rows))
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jbackprop import html
 from jbackprop.bench import report
 from jbackprop.bench.charts import charts
 from jbackprop.bench.contest import Row, measure
@@ -81,6 +82,6 @@ def _tell(bar: Any, load: str, who: str) -> None:
 
 def write(run: Run, folder: Path) -> None:
     """The report and the charts of a run, in a folder."""
-    (folder / "report.html").write_text(report.page(run))
+    html.write(folder / "report.html", report.page(run))
     for name, fig, _ in charts(run):
         fig.savefig(folder / f"{name}.png", dpi=130, bbox_inches="tight")

@@ -13,8 +13,8 @@ import jax
 from jbackprop.bench import report
 from jbackprop.bench.comparison import compare, table
 from jbackprop.bench.declare import one_of_each_kind
-from jbackprop.bench.results import Run
-from jbackprop.bench.run import SECONDS, run
+from jbackprop.bench.results import Run, joined
+from jbackprop.bench.run import SECONDS, run, write
 from jbackprop.bench.suite import WORKLOADS
 from jbackprop.cli.output import matching, print_json, say_of
 from jbackprop.cli.parsed import rate
@@ -37,7 +37,8 @@ def add(commands: Any) -> None:
         "  jbackprop bench --quick                      under two minutes\n"
         "  jbackprop bench --only lstm --out output/lstm\n"
         "  jbackprop bench --full --peaks --peers peers/bin/python\n"
-        "  jbackprop bench compare before.json after.json\n\n"
+        "  jbackprop bench compare before.json after.json\n"
+        "  jbackprop bench report results.json more.json --out page\n\n"
         "--out gets results.json, report.html and charts as PNG.",
     )
     level = benches.add_mutually_exclusive_group()
@@ -70,7 +71,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     benches.add_argument("--json", action="store_true", help="print JSON on standard output")
     benches.set_defaults(run=run_bench)
-    what = benches.add_subparsers(dest="what", metavar="compare")
+    what = benches.add_subparsers(dest="what", metavar="compare, report")
     both = what.add_parser(
         "compare",
         help="two results.json: what has become faster or slower, beyond the noise",
@@ -81,6 +82,18 @@ def add(commands: Any) -> None:
     both.add_argument("b", type=Path, metavar="B.json")
     both.add_argument("--json", action="store_true", help="print JSON on standard output")
     both.set_defaults(run=run_compare)
+    pages = what.add_parser(
+        "report",
+        help="the page and the charts of results.json, or of several together",
+        description="Write the page and the charts of runs that were measured before. Of several, "
+        "from one machine, a workload that is in more than one counts as in the last.",
+    )
+    pages.add_argument("runs", type=Path, nargs="+", metavar="RESULTS.json")
+    pages.add_argument(
+        "--out", type=Path, default=Path("output/bench"), metavar="FOLDER",
+        help="default: %(default)s/",
+    )  # fmt: skip
+    pages.set_defaults(run=run_report)
 
 
 def run_bench(args: argparse.Namespace) -> int:
@@ -125,3 +138,16 @@ def run_compare(args: argparse.Namespace) -> int:
     else:
         print(table(changes, a, b))
     return 1 if any(change.worse for change in changes) else 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """The command."""
+    whole = joined([Run.load(path) for path in args.runs])
+    args.out.mkdir(parents=True, exist_ok=True)
+    whole.save(args.out / "results.json")
+    write(whole, args.out)
+    print(render(report.VERDICTS, report.verdict_lines(whole)))
+    if grown := report.growth_table(whole):
+        print("\n" + grown)
+    print(f"\nresults, charts and the report: {args.out / 'report.html'}")
+    return 0

@@ -15,7 +15,7 @@ import optax
 
 from jbackprop import datasets, html, losses
 from jbackprop.cli.output import print_json, say_of
-from jbackprop.cli.parsed import positive, rate, sizes
+from jbackprop.cli.parsed import add_data, positive, rate, sizes
 from jbackprop.cli.train import ACTIVATIONS, LOSSES, metrics_of, targets_of
 from jbackprop.compose import mlp
 from jbackprop.diagnose.pictures import figure
@@ -53,12 +53,7 @@ def add(commands: Any) -> None:
         "a network made here by the mean and deviation of the rows that it is trained on, or of\n"
         "all. A page of that name is replaced.",
     )
-    inspect.add_argument(
-        "data",
-        help="a .csv file (features and one target column), an .npz file (arrays x and y), or one "
-        f"of scikit-learn's: {', '.join(datasets.SHIPPED)}",
-    )
-    inspect.add_argument("--target", help="CSV: the target's column, by name or number; the last")
+    add_data(inspect)
     inspect.add_argument(
         "--model", type=Path, metavar="FILE.npz",
         help="a network of `jbackprop train --save`, or of jbackprop.save",

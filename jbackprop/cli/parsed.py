@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import argparse
 
+from jbackprop import datasets
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The table of numbers that a command is about."""
+    parser.add_argument(
+        "data",
+        help="a .csv file (features and one target column), an .npz file (arrays x and y), or one "
+        f"of scikit-learn's: {', '.join(datasets.SHIPPED)}",
+    )
+    parser.add_argument("--target", help="CSV: the target's column, by name or number; the last")
+
 
 def positive(text: str) -> int:
     """A whole number of 1 or more."""

@@ -14,7 +14,7 @@ import optax
 
 from jbackprop import datasets, layers, losses, metrics
 from jbackprop.cli.output import print_json, say_of
-from jbackprop.cli.parsed import batch, positive, rate, shares, sizes
+from jbackprop.cli.parsed import add_data, batch, positive, rate, shares, sizes
 from jbackprop.compose import mlp
 from jbackprop.saved import save
 from jbackprop.summary import summary
@@ -61,12 +61,7 @@ def add(commands: Any) -> None:
         "what --save writes is for jbackprop.load: the network, its weights and its loss, and as\n"
         "notes the classes, and the mean and scale of the features and of the targets.",
     )
-    train.add_argument(
-        "data",
-        help="a .csv file (features and one target column), an .npz file (arrays x and y), or one "
-        f"of scikit-learn's: {', '.join(datasets.SHIPPED)}",
-    )
-    train.add_argument("--target", help="CSV: the target's column, by name or number; the last")
+    add_data(train)
     train.add_argument(
         "--hidden", type=sizes, default=(64,), help="widths of hidden layers, such as 128,64; "
         "'none' for no hidden layer; default: 64",

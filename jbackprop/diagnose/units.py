@@ -86,7 +86,7 @@ def saturation(net: Node, params: PyTree, x: Any, threshold: float = 0.05) -> Sa
 
 def _split(net: Node, params: PyTree, x: Any) -> dict[str, Any]:
     every = seen_split(net, params, x)
-    return {path: every[path] for path, layer, _ in walk(net) if _has_slope(layer)}
+    return {path: every[path] for path, layer, _ in walk(net) if has_slope(layer)}
 
 
 @on_mesh(_split)
@@ -95,13 +95,19 @@ def _slopes(net: Node, params: PyTree, x: Any) -> dict[str, Array]:
     """f' of every unit: the rule's own product with a delta of ones."""
 
     def sloped(layer: Layer, path: str) -> Node:
-        return _Sloped(layer, path) if _has_slope(layer) else layer
+        return _Sloped(layer, path) if has_slope(layer) else layer
 
     return seen(net, params, x, sloped)
 
 
-def _has_slope(layer: Layer) -> bool:
+def has_slope(layer: Layer) -> bool:
+    """Whether it is one of units, of which f' is of interest."""
     return isinstance(layer, Elementwise) and not isinstance(layer, Identity)
+
+
+def slope_of(layer: Layer, params: PyTree, trace: Trace) -> Array:
+    """f'(z) of every unit for one example: the rule's own product with a delta of ones."""
+    return layer.backward(params, trace, jnp.ones_like(trace.y))[0]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -110,5 +116,4 @@ class _Sloped(Observed):
 
     def forward(self, params: PyTree, x: Any, key: Array | None = None) -> tuple[Any, Any]:
         y, saved = self.inner.forward(params, x, key)
-        slope, _ = self.inner.backward(params, Trace(x, y, saved), jnp.ones_like(y))
-        return y, Seen(slope, self.path)
+        return y, Seen(slope_of(self.inner, params, Trace(x, y, saved)), self.path)

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jbackprop.diagnose.units import has_slope, slope_of
 from jbackprop.factored import PyTree
 from jbackprop.gradient import backprop, deltas
-from jbackprop.layers import Elementwise, Identity
 from jbackprop.losses import Loss
 from jbackprop.mesh import shapes
 from jbackprop.observe import Observed, Seen, tapped
@@ -40,13 +39,13 @@ class Look(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class _Watched(Observed):
-    """A layer that saves its `Look`: the slope is its own rule's product with a delta of ones."""
+    """A layer that saves its `Look`."""
 
     def forward(self, params: PyTree, x: Any, key: Array | None = None) -> tuple[Any, Any]:
         y, saved = self.inner.forward(params, x, key)
         slope = None
-        if isinstance(self.inner, Elementwise) and not isinstance(self.inner, Identity):
-            slope, _ = self.inner.backward(params, Trace(x, y, saved), jnp.ones_like(y))
+        if has_slope(self.inner):
+            slope = slope_of(self.inner, params, Trace(x, y, saved))
         return y, Seen(Look(y, slope), self.path)
 
 

@@ -13,8 +13,6 @@ import contextlib
 import json
 import math
 import os
-import secrets
-import shutil
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -23,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from jbackprop.files import replacing
 from jbackprop.saved.configuration import FormatError, Json
 
 CONFIG = "config.json"
@@ -32,54 +31,21 @@ _CHUNK = 2**20
 def write(path: str | os.PathLike[str], config: Json, arrays: Iterable[tuple[str, Any]]) -> None:
     """Write a file, or leave the old one as it is.
 
-    All goes to a temporary file beside it, which takes its place once it is on the disk. A process
-    that is killed leaves that temporary file, which may be deleted.
-
     Args:
         path: of the file; it is replaced if it is there.
         config: any JSON.
         arrays: the name of each entry, and a NumPy array.
 
     Raises:
-        OSError: it cannot be written there, or not all of it.
+        OSError: as `jbackprop.files.replacing`.
     """
-    file = Path(os.path.realpath(path))
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {file.parent}; make it first")
-    if file.exists() and not file.is_file():
-        raise IsADirectoryError(f"{path} is a folder or a device; give the name of a file")
-    if file.exists() and not os.access(file, os.W_OK):
-        raise PermissionError(f"{path} is there and may not be written")
-    temporary = file.with_name(f".{file.name[:60]}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "xb") as out:
-            with zipfile.ZipFile(out, "w") as archive:
-                archive.writestr(zipfile.ZipInfo(CONFIG), json.dumps(config, indent=1))
-                for name, array in arrays:
-                    # without a date, so that equal networks make equal files
-                    info, large = zipfile.ZipInfo(name), array.nbytes >= 2**31 - 2**20
-                    with archive.open(info, "w", force_zip64=large) as part:
-                        np.lib.format.write_array(part, stored(array), (1, 0), allow_pickle=False)
-            out.flush()
-            os.fsync(out.fileno())
-        if file.exists():
-            shutil.copymode(file, temporary)
-        os.replace(temporary, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    _settle(file.parent)
-
-
-def _settle(folder: Path) -> None:
-    """Wait until the new name is on the disk, where folders can be waited for."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    with replacing(path) as out, zipfile.ZipFile(out, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(CONFIG), json.dumps(config, indent=1))
+        for name, array in arrays:
+            # without a date, so that equal networks make equal files
+            info, large = zipfile.ZipInfo(name), array.nbytes >= 2**31 - 2**20
+            with archive.open(info, "w", force_zip64=large) as part:
+                np.lib.format.write_array(part, stored(array), (1, 0), allow_pickle=False)
 
 
 def stored(array: np.ndarray) -> np.ndarray:
