@@ -49,7 +49,6 @@ class Row:
         error: the largest relative error of the answer against float64; see `gap`.
         unit: whether the ratios are to this one.
         flops: of the work, on paper; 0 where not counted.
-        goal: the most that (time, temporary memory) over this one's may be for ours.
         theory: exponents of (time, temporary memory) in the size.
     """
 
@@ -72,7 +71,6 @@ class Row:
     error: float | None = None
     unit: bool = False
     flops: float = 0.0
-    goal: tuple[float, float] | None = None
     theory: tuple[float, float] | None = None
 
     @property
@@ -304,7 +302,7 @@ def measure(
         for person in people:
             tell(person.name)
             row = dataclasses.replace(
-                blank, contestant=person.name, kind=person.kind, goal=load.goals.get(person.kind),
+                blank, contestant=person.name, kind=person.kind,
                 theory=load.theory.get(person.kind), unit=person is unit,
             )  # fmt: skip
             run = None

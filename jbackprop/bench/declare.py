@@ -99,7 +99,6 @@ class Workload:
         level: 0 of the quick run, 1 of the usual, 2 of the full one.
         axis: of a series, its name and this one's size: ("batch", 64).
         theory: of a series, by kind: exponents of time and of temporary memory in that size.
-        goals: by kind: the most of its time and of its memory that ours may take.
         tolerance: for the relative error of an answer; see `jbackprop.bench.contest.gap`.
     """
 
@@ -115,5 +114,4 @@ class Workload:
     level: int = 1
     axis: tuple[str, int] | None = None
     theory: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    goals: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     tolerance: float = 1e-4

@@ -68,7 +68,6 @@ WORKLOADS = tuple(
         functools.partial(contestants, length, 4, causal),
         flops=flops.attention(1, length, 4 * 64),
         level=1 if causal else 2,
-        goals={"plain": (0.55, 0.12)},
     )
     for length in (2048,)
     for causal in (True, False)

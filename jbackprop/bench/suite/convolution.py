@@ -70,7 +70,6 @@ def workload(shape: tuple[int, ...], channels: tuple[int, ...], batch: int, leve
         outside=[Outside("pytorch.py", "cnn")] if channels == (32, 64) else [],
         flops=flops.cnn(shape, channels, CLASSES, batch),
         level=level,
-        goals={"plain": (1.05, 1.0)},
     )
 
 

@@ -63,7 +63,6 @@ WORKLOADS = tuple(
         contestants,
         flops=flops.lstm(batch, 64, 128, 128),
         level=0 if batch == 32 else 2,
-        goals={"plain": (0.9, 0.8)},
     )
     for batch in (32, 128)
 )

@@ -86,7 +86,6 @@ def workload(sizes: Sequence[int], batch: int, activation: str, level: int) -> W
         outside=[Outside("pytorch.py", f"mlp {activation}")],
         flops=flops.mlp(sizes, batch),
         level=level,
-        goals={"plain": (1.05, 1.05)},
     )
 
 

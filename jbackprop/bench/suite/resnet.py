@@ -79,6 +79,5 @@ WORKLOADS = (
         contestants,
         flops=_counted(),
         level=1,
-        goals={"plain": (1.05, 1.05)},
     ),
 )

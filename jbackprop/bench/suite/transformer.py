@@ -28,8 +28,6 @@ SIZES = (
     Sizes(256, 8, 4, 128, 8),
     Sizes(512, 4, 8, 256, 2),
 )
-PLAIN_GOALS = ((0.65, 0.15), (0.75, 0.13), (0.95, 0.25))
-IDIOMATIC_GOALS = ((0.8, 0.6), (0.8, 0.6), (0.95, 0.7))
 
 
 BLOCK = ("block",)
@@ -271,7 +269,7 @@ def modellers(sizes: Sizes) -> Sequence[Contestant]:
     return sorted(found, key=lambda p: p.kind != "plain")
 
 
-def _blocks(sizes: Sizes, plain: Any, idiomatic: Any, level: int) -> Workload:
+def _blocks(sizes: Sizes, level: int) -> Workload:
     return Workload(
         f"transformer blocks, {sizes}",
         "transformer",
@@ -279,7 +277,6 @@ def _blocks(sizes: Sizes, plain: Any, idiomatic: Any, level: int) -> Workload:
         functools.partial(contestants, sizes, KEPT if level else FEW),
         flops=flops.blocks(sizes.depth, sizes.batch, sizes.length, sizes.width),
         level=level,
-        goals={"plain": plain, "idiomatic": idiomatic},
     )
 
 
@@ -300,6 +297,6 @@ def _model(sizes: Sizes, level: int) -> Workload:
 FEW = KEPT[:4]
 """Of the quick run."""
 WORKLOADS = (
-    *map(_blocks, SIZES, PLAIN_GOALS, IDIOMATIC_GOALS, (0, 2, 2)),
+    *map(_blocks, SIZES, (0, 2, 2)),
     *map(_model, SIZES, (1, 2, 2)),
 )
