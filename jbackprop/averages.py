@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jbackprop.calls import check_inputs, check_net
 from jbackprop.checks import check_params, number_of
 from jbackprop.factored import PyTree, wide_dtype
-from jbackprop.gradient import check_inputs, check_net
 from jbackprop.layers.batch_norm import BatchNorm
 from jbackprop.layers.gain import Affine
 from jbackprop.mesh import WHOLE, on_mesh

@@ -10,18 +10,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jbackprop.checks import real_array
-from jbackprop.factored import PyTree, weighted, wide_dtype
-from jbackprop.gradient import (
+from jbackprop.calls import (
     check_call,
     check_inputs,
     check_loss,
     check_net,
     check_weights,
     refuse_coupling,
-    scaled,
-    sweep,
 )
+from jbackprop.checks import real_array
+from jbackprop.factored import PyTree, weighted, wide_dtype
+from jbackprop.gradient import scaled, sweep
 from jbackprop.losses import Loss
 from jbackprop.mesh import WHOLE, examples, like, on_mesh
 from jbackprop.sweep import Collect, Node, backward, batch_size, forward, leafwise, total

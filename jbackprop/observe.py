@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.calls import check_inputs
 from jbackprop.factored import Full, PyTree
-from jbackprop.gradient import check_inputs
 from jbackprop.mesh import examples, on_mesh, stacked
 from jbackprop.mesh import shapes as shapes_of
 from jbackprop.structure import by_copy, opened, rebuild, stack_axes

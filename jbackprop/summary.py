@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jbackprop.calls import check_net
 from jbackprop.checks import check_arrays, shape_of
 from jbackprop.factored import PyTree
-from jbackprop.gradient import check_net
 from jbackprop.observe import activations
 from jbackprop.structure import copies, suffix, walk
 from jbackprop.sweep import Node

@@ -11,7 +11,7 @@ import jbackprop as jb
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jbackprop"
 ORDER = [
-    ["factored", "checks", "files", "mesh"], ["sweep"], ["structure"], ["layers"], ["compose"], ["losses"], ["gradient"],
+    ["factored", "checks", "files", "mesh"], ["sweep"], ["structure"], ["layers"], ["compose"], ["losses"], ["calls"], ["gradient"],
     ["html", "objective", "observe", "sharding", "table"], ["averages", "capture", "per_example"], ["check"], ["curvature"], ["diagnose", "metrics", "optim", "summary"],
     ["credit", "inspect"], ["saved"], ["train"], ["catalogue", "datasets"], ["bench"], ["demo"], ["cli"], ["__init__", "__main__"],
 ]  # fmt: skip

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jbackprop.calls import check_call, coupling_layer
 from jbackprop.check import judge
 from jbackprop.check.diagnosis import Suspect, diagnose
 from jbackprop.check.inputs import check_options
@@ -38,7 +39,6 @@ from jbackprop.check.swept import (
 )
 from jbackprop.checks import floating_of
 from jbackprop.factored import PyTree
-from jbackprop.gradient import check_call, coupling_layer
 from jbackprop.losses import Loss
 from jbackprop.structure import stack_axes, suffix, trainable_mask, untied, walk
 from jbackprop.sweep import Layer, Node, batch_size, forward

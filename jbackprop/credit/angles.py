@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jbackprop.calls import check_batch
 from jbackprop.checks import check_sizes
 from jbackprop.credit.carriers import as_transport, map_feedback
 from jbackprop.credit.rule import State, keep
@@ -20,7 +21,7 @@ from jbackprop.credit.transported import Transported
 from jbackprop.diagnose.flow import beside, places_of
 from jbackprop.diagnose.pictures import figure
 from jbackprop.factored import PyTree, wide_dtype
-from jbackprop.gradient import check_batch, deltas_of, sweep
+from jbackprop.gradient import deltas_of, sweep
 from jbackprop.mesh import WHOLE, on_mesh
 from jbackprop.structure import by_copy, copies, rebuild, stack_axes, walk
 from jbackprop.sweep import Layer, Node

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.calls import refuse_coupling
 from jbackprop.checks import check_sizes
 from jbackprop.credit.carriers import check_untied
 from jbackprop.credit.rule import Info, Rule, State, taken_apart
 from jbackprop.factored import Full, Nothing, PyTree, is_factored, weighted
-from jbackprop.gradient import Kept, refuse_coupling
+from jbackprop.gradient import Kept
 from jbackprop.observe import Tapped, tapped
 from jbackprop.structure import rebuild, stack_axes, trainable_mask, walk
 from jbackprop.sweep import BATCH_AXIS, Layer, Node, Trace, as_told, backward, batch_size, forward

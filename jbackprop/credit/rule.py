@@ -12,18 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.calls import check_call, check_loss, check_net
 from jbackprop.checks import check_key, check_params
 from jbackprop.factored import PyTree, wide_dtype
-from jbackprop.gradient import (
-    Kept,
-    backprop,
-    check_call,
-    check_loss,
-    check_net,
-    collected,
-    deltas,
-    deltas_of,
-)
+from jbackprop.gradient import Kept, backprop, collected, deltas, deltas_of
 from jbackprop.losses import Loss
 from jbackprop.mesh import WHOLE, examples, like, on_mesh, shapes
 from jbackprop.objective import value_and_grad

@@ -12,12 +12,12 @@ import numpy as np
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
+from jbackprop.calls import refuse_coupling
 from jbackprop.check.programs import reached
 from jbackprop.curvature.blocks import eigh
 from jbackprop.curvature.products import hessian_of
 from jbackprop.curvature.sweeps import Model, check_model, check_number, two_keys
 from jbackprop.factored import PyTree, is_factored, scan_examples, wide_dtype
-from jbackprop.gradient import refuse_coupling
 from jbackprop.losses import Loss
 from jbackprop.mesh import like, on_mesh
 from jbackprop.structure import trainable_mask

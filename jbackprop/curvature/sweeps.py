@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jbackprop.calls import check_call, refuse_coupling
 from jbackprop.capture.program import Program, parameter, traced
 from jbackprop.capture.sweep import run_several
 from jbackprop.checks import size_of
@@ -26,7 +27,6 @@ from jbackprop.factored import (
     is_factored,
     scan_examples,
 )
-from jbackprop.gradient import check_call, refuse_coupling
 from jbackprop.losses import Loss
 from jbackprop.mesh import shapes
 from jbackprop.structure import walk

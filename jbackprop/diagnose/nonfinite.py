@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jbackprop.calls import check_call
 from jbackprop.factored import PyTree
-from jbackprop.gradient import backprop, check_call, deltas, gradient
+from jbackprop.gradient import backprop, deltas, gradient
 from jbackprop.losses import Loss
 from jbackprop.observe import activations
 from jbackprop.structure import by_copy, layers_by_copy, walk

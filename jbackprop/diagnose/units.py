@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jbackprop.calls import check_inputs
 from jbackprop.checks import number_of
 from jbackprop.factored import PyTree
-from jbackprop.gradient import check_inputs
 from jbackprop.layers import Elementwise, Identity
 from jbackprop.mesh import on_mesh
 from jbackprop.observe import Observed, Seen, seen, seen_split

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jbackprop.calls import check_call, coupling_layer
 from jbackprop.checks import size_of
 from jbackprop.diagnose import first_nonfinite
 from jbackprop.factored import PyTree
-from jbackprop.gradient import check_call, coupling_layer
 from jbackprop.inspect.spread import Spread, Tally, norm
 from jbackprop.inspect.sweeps import AT_ONCE, Sweeps
 from jbackprop.inspect.targets import Outcome, outcome

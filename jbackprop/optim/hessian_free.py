@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jbackprop.calls import check_loss, check_net
 from jbackprop.checks import number_of
 from jbackprop.curvature.products import ggn_inner, ggn_of
 from jbackprop.curvature.sweeps import Model, check_model, check_number
 from jbackprop.factored import PyTree
-from jbackprop.gradient import check_loss, check_net
 from jbackprop.losses import Loss
 from jbackprop.mesh import like, on_mesh
 from jbackprop.optim.damping import (

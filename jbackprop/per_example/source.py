@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jbackprop.calls import check_call, refuse_coupling
 from jbackprop.checks import size_of
 from jbackprop.factored import (
     Factored,
@@ -25,7 +26,7 @@ from jbackprop.factored import (
     promoted_sum,
     scan_examples,
 )
-from jbackprop.gradient import Ahead, Backprop, check_call, refuse_coupling, sweep_forward
+from jbackprop.gradient import Ahead, Backprop, sweep_forward
 from jbackprop.losses import Loss
 from jbackprop.mesh import WHOLE, examples, like, shapes
 from jbackprop.structure import by_copy, rebuild, stack_axes, trainable_mask

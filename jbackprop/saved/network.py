@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jbackprop
+from jbackprop.calls import check_loss, check_net
 from jbackprop.factored import PyTree
-from jbackprop.gradient import check_loss, check_net
 from jbackprop.losses import Loss
 from jbackprop.saved import archive
 from jbackprop.saved.configuration import (

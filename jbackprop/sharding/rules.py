@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jbackprop.calls import check_net
 from jbackprop.checks import check_sizes
 from jbackprop.factored import PyTree
-from jbackprop.gradient import check_net
 from jbackprop.structure import parameter_paths, rebuild, stack_axes, suffix
 from jbackprop.sweep import Node
 

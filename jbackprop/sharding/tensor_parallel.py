@@ -7,8 +7,8 @@ import re
 from jax.sharding import PartitionSpec
 
 from jbackprop import layers
+from jbackprop.calls import check_net
 from jbackprop.compose import Checkpoint, FanOut, Frozen, Parallel, Sequential
-from jbackprop.gradient import check_net
 from jbackprop.layers.weightless import Weightless
 from jbackprop.sharding.rules import Axes, Rule, Sharding, check_axes
 from jbackprop.sweep import Composite, Node

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbackprop import mesh
+from jbackprop.calls import check_loss, check_net
 from jbackprop.checks import check_params, size_of
 from jbackprop.credit import Rule, State
 from jbackprop.factored import PyTree
-from jbackprop.gradient import check_loss, check_net
 from jbackprop.losses import Loss
 from jbackprop.sweep import Node, batch_size, forward
 

@@ -13,9 +13,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from jbackprop.calls import refuse_coupling
 from jbackprop.credit import State
 from jbackprop.factored import PyTree, wide_dtype
-from jbackprop.gradient import refuse_coupling
 from jbackprop.losses import Loss
 from jbackprop.mesh import WHOLE, on_mesh
 from jbackprop.objective import costs

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jbackprop.calls import refuse_coupling
 from jbackprop.checks import check_numbers
 from jbackprop.factored import PyTree
-from jbackprop.gradient import refuse_coupling
 from jbackprop.per_example.clipping import Scheme, check_bounds, clipped_sums
 from jbackprop.per_example.noise import noised, sensitivity_of
 from jbackprop.per_example.source import Deferred, check_microbatch
