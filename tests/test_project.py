@@ -1,7 +1,10 @@
 """The project itself: who imports whom, what is public, and that its pages tell the truth."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,18 @@ def test_quantities_and_the_checker_know_no_concrete_layer():
 def test_nothing_of_jax_that_is_private():
     for path in modules():
         assert "jax._src" not in path.read_text(), path
+
+
+@pytest.mark.newest
+def test_nothing_is_computed_at_import():
+    """With no device to be had, any array would be an error: also of the command line and the suite."""
+    command = (
+        "import sys, jbackprop.cli, jbackprop.bench.suite, jbackprop.catalogue\n"
+        "sys.exit(any(name in sys.modules for name in ('matplotlib', 'sklearn', 'orbax', 'flax')))"
+    )
+    env = os.environ | {"JAX_PLATFORMS": "nowhere"}
+    done = subprocess.run([sys.executable, "-c", command], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_public_name_has_a_docstring():

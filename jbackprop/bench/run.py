@@ -50,7 +50,8 @@ def run(
     """
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    begun = Run(describe(), ceilings())
+    look = min(2.0, 2 * seconds)
+    begun = Run(describe(), ceilings(look))
     show(report.machine_line(begun) + "\n")
     start = time.perf_counter()
     bar = tqdm(loads, unit="workload", disable=not sys.stderr.isatty(), dynamic_ncols=True)
@@ -66,7 +67,7 @@ def run(
             show(report.table(alone) + "\n")
         if folder is not None:
             begun.save(folder / "results.json")
-    again = ceilings()
+    again = ceilings(look)
     best = {name: max(value, again[name]) for name, value in begun.ceilings.items()}
     machine = begun.machine | {"seconds": round(time.perf_counter() - start)}
     done = Run(machine, best, begun.rows)

@@ -53,9 +53,8 @@ def ours(problem: Problem, quantity: str) -> Iterator[Contestant]:
         yield Contestant(f"ours, {name}", answer, "ours", problem.pack, unpack)
 
 
-def contestants(make: Make, batch: int, quantity: str) -> list[Contestant | Absent]:
+def contestants(problem: Problem, quantity: str) -> list[Contestant | Absent]:
     """Everybody; the first takes little memory."""
-    problem = make(batch)
     few, plain = f"microbatches of {MICROBATCH}", problem.plain
     unroll = problem.name == "cnn"  # inside a loop, XLA's convolutions on a CPU are very slow
     parts = functools.partial(in_parts, plain, quantity)
@@ -74,26 +73,20 @@ def contestants(make: Make, batch: int, quantity: str) -> list[Contestant | Abse
 
 def workload(make: Make, batch: int, quantity: str, level: int) -> Workload:
     """One question of one network."""
-    name = f"{make.__name__}, batch {batch}, {quantity}"
-    counted = make(1).flops * batch
+    problem = make(batch)
     return Workload(
-        name,
-        make.__name__,
-        lambda: make(batch).data,
-        functools.partial(contestants, make, batch, quantity),
+        f"{problem.name}, batch {batch}, {quantity}",
+        problem.name,
+        problem.data,
+        functools.partial(contestants, problem, quantity),
         question=quantity,
-        unit=Contestant("plain gradient", _plain(make), "plain"),
+        unit=Contestant("plain gradient", problem.plain, "plain"),
         valued=False,
-        outside=[Outside("pytorch.py", make(1).task)],
-        flops=counted,
+        outside=[Outside("pytorch.py", problem.task)],
+        flops=problem.flops,
         level=level,
         tolerance=TOLERANCE,
     )
-
-
-def _plain(make: Make) -> Function:
-    """Made when it is traced."""
-    return lambda params, x, y: make(len(x)).plain(params, x, y)
 
 
 NETWORKS = (mlp, cnn, transformer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ class Problem:
 
     Attributes:
         name: "mlp", "cnn", "transformer" or "classifier".
-        data: params in the layout of `plain`, x, y.
+        data: -> params in the layout of `plain`, x, y; made when they are asked for.
         plain: (params, x, y) -> (mean cost, gradient), in plain JAX.
         net: the same network of ours.
         pack, unpack: from the parameters of `plain` to those of `net`, and back for gradients.
@@ -31,7 +32,7 @@ class Problem:
     """
 
     name: str
-    data: tuple[Any, Any, Any]
+    data: Callable[[], tuple[Any, ...]]
     plain: Function
     net: Any
     pack: Function
@@ -43,7 +44,7 @@ class Problem:
 def mlp(batch: int) -> Problem:
     """784-1024-1024-1024-10, relu."""
     sizes = (784, 1024, 1024, 1024, 10)
-    data, plain = perceptron.data(sizes, batch), perceptron.plain("relu")
+    data, plain = functools.partial(perceptron.data, sizes, batch), perceptron.plain("relu")
     net = jb.mlp(sizes, jb.Relu())
     return Problem("mlp", data, plain, net, same, same, "mlp relu", flops.mlp(sizes, batch))
 
@@ -51,45 +52,40 @@ def mlp(batch: int) -> Problem:
 def cnn(batch: int) -> Problem:
     """Images 28x28x1, two stages of 32 and 64 channels, and a Dense."""
     shape, channels = (28, 28, 1), (32, 64)
-    params, x, y = convolution.data(shape, channels, batch)
+    data = functools.partial(convolution.data, shape, channels, batch)
     ours, net = convolution.ours(shape, channels)[0], jb.cnn(shape, channels, convolution.CLASSES)
     # pooled by a reshape: reduce_window's gradient takes nearly twice as long on a CPU
     plain = conv.network("reshape")
     counted = flops.cnn(shape, channels, convolution.CLASSES, batch)
-    data = params, x, y
     return Problem("cnn", data, plain, net, ours.pack, ours.unpack, "cnn", counted)
 
 
 def transformer(batch: int) -> Problem:
     """Six blocks of width 128, 4 heads, 64 positions, a vocabulary of 64."""
     sizes = Sizes(128, 6, 4, 64, batch)
-    params, x, y = model_data(sizes)
     net: Any = jb.transformer(sizes.vocab, sizes.width, sizes.depth, sizes.heads, sizes.length)
-    order, plain = Order(net), model(Arrangement(), sizes)
-    counted = _counted(sizes)
-    data = params, x, y
-    return Problem(
-        "transformer", data, plain, net, order.pack, order.unpack, "transformer", counted
-    )
+    return _of_blocks("transformer", sizes, net)
 
 
 def classifier(batch: int) -> Problem:
     """The same blocks, and ten classes from the mean over positions."""
     sizes = Sizes(128, 6, 4, 64, batch, classes=10)
-    params, x, y = model_data(sizes)
     whole: Any = jb.transformer(sizes.vocab, sizes.width, sizes.depth, sizes.heads, sizes.length)
     net = jb.Sequential(
         *whole.layers[:-1], jb.GlobalAveragePool(), jb.Dense(sizes.width, sizes.classes)
     )
-    order, plain = Order(net), model(Arrangement(), sizes)
-    counted = _counted(sizes)
-    data, between = (params, x, y), (order.pack, order.unpack)
-    return Problem("classifier", data, plain, net, *between, "classifier", counted)
+    return _of_blocks("classifier", sizes, net)
 
 
-def _counted(sizes: Sizes) -> float:
+def _of_blocks(name: str, sizes: Sizes, net: Any) -> Problem:
     """The classes come from one row for each example, the language model's from every position."""
     rows = sizes.batch if sizes.classes else sizes.batch * sizes.length
     outputs = sizes.classes or sizes.vocab
     of = sizes.depth, sizes.batch, sizes.length, sizes.width
-    return flops.transformer(*of, outputs, rows)
+    counted = flops.transformer(*of, outputs, rows)
+    data, order, plain = (
+        functools.partial(model_data, sizes),
+        Order(net),
+        model(Arrangement(), sizes),
+    )
+    return Problem(name, data, plain, net, order.pack, order.unpack, name, counted)

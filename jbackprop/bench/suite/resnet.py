@@ -24,7 +24,11 @@ def data(batch: int) -> tuple[Any, ...]:
 
 
 _NET: Any = jb.resnet(SHAPE, CHANNELS, 1, CLASSES, resnet.GROUPS)
-_TREE = jax.tree.structure(jax.eval_shape(_NET.init, jax.random.key(0)))
+
+
+@functools.cache
+def _tree() -> Any:
+    return jax.tree.structure(jax.eval_shape(_NET.init, jax.random.key(0)))
 
 
 def _in_order(p: Any) -> list[Any]:
@@ -38,7 +42,7 @@ def _in_order(p: Any) -> list[Any]:
 
 def pack(p: Any) -> Any:
     """Our parameters."""
-    return jax.tree.unflatten(_TREE, _in_order(p))
+    return jax.tree.unflatten(_tree(), _in_order(p))
 
 
 def unpack(grads: Any) -> Any:

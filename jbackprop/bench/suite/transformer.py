@@ -153,11 +153,16 @@ class Order:
     """
 
     def __init__(self, net: Any):
-        template = jax.eval_shape(net.init, jax.random.key(0))
-        self.leaves, self.tree = jax.tree.flatten(template, is_leaf=_is_dict)
+        self._net = net
+
+    @functools.cached_property
+    def _template(self) -> tuple[list[Any], Any]:
+        template = jax.eval_shape(self._net.init, jax.random.key(0))
+        return jax.tree.flatten(template, is_leaf=_is_dict)
 
     def pack(self, p: Any) -> Any:
         """The parameters of the network."""
+        leaves, tree = self._template
         blocks, around = (p["blocks"], p) if "blocks" in p else (p, None)
         start = 0 if around is None else 2
         attention = []
@@ -173,9 +178,9 @@ class Order:
         ]  # fmt: skip
         if around is not None:
             tables = (around["tokens"], around["positions"])
-            first = [dict.fromkeys(d, t) for d, t in zip(self.leaves, tables, strict=False)]
+            first = [dict.fromkeys(d, t) for d, t in zip(leaves, tables, strict=False)]
             found = [*first, *found, around["norm"], around["head"]]
-        return jax.tree.unflatten(self.tree, found)
+        return jax.tree.unflatten(tree, found)
 
     def unpack(self, g: Any) -> Any:
         """Gradients in the plain order."""
@@ -195,8 +200,9 @@ class Order:
 
     def _attention(self, start: int) -> list[Any]:
         """The Dense layers between the first norm and the attention's last."""
-        second = next(i for i in range(start + 1, 99) if "scale" in self.leaves[i])
-        return self.leaves[start + 1 : second - 1]
+        leaves, _ = self._template
+        second = next(i for i in range(start + 1, 99) if "scale" in leaves[i])
+        return leaves[start + 1 : second - 1]
 
 
 def ours(sizes: Sizes, whole: bool = False) -> list[Contestant]:
